@@ -121,8 +121,8 @@ def read_config(folder: str | Path) -> GPTConfig:
         shape: dict[str, Any] = {ours: (unsaid | hf)[theirs] for ours, theirs in names.items()}
     except KeyError as error:
         raise CheckpointError(f"{file}: {error.args[0]} is missing; copy the file again") from None
-    theta, scaling, scaled_windows = _rope(hf, file, by_layer_type="scaled_windows" in family.free)
-    rope = {"rope_theta": family.rope_theta if theta is None else theta, "rope_scaling": scaling}
+    theta, scaling, scaled_windows = _rope(hf, file, family)
+    rope = {"rope_theta": theta, "rope_scaling": scaling}
     try:
         layers = range(integer(1, 10_000)(shape["layers"], "layers"))
         of_layers = _of_layers(hf, family, layers, file)
@@ -236,10 +236,12 @@ def _of_layers(hf: Mapping[str, Any], family: Family, layers: range, file: Path)
     return {**found, "window": window, "full_layers": [i for i in layers if window is not None and not windowed[i]]}
 
 
-def _rope(hf: Mapping[str, Any], file: Path, *, by_layer_type: bool) -> tuple[Any, Scaling | None, bool]:
+def _rope(hf: Mapping[str, Any], file: Path, family: Family) -> tuple[Any, Scaling | None, bool]:
     """Base and scaling of the rotary embedding, which may be in several places that have to agree; and whether layers
     with a window are scaled too."""
+    by_layer_type = "scaled_windows" in family.free
     thetas, scalings, scaled_windows = [hf["rope_theta"]] if "rope_theta" in hf else [], [], not by_layer_type
+    of_windows = family.rope_theta if by_layer_type else None
     if hf.get("partial_rotary_factor", 1) != 1:
         raise _refused(file, "partial_rotary_factor", hf["partial_rotary_factor"])
     for name in ROPE_TABLES:
@@ -250,6 +252,7 @@ def _rope(hf: Mapping[str, Any], file: Path, *, by_layer_type: bool) -> tuple[An
                 of_types = {layer_type: _rope_table(hf, table) for layer_type, table in rope.items()}
                 theta, scaling = of_types["full_attention"]
                 scaled_windows = of_types["sliding_attention"] == (theta, scaling)
+                of_windows = of_windows if theta is None else theta
                 if (not scaled_windows and of_types["sliding_attention"] != (theta, None)) or len(of_types) > 2:
                     raise ValueError
             else:
@@ -263,8 +266,12 @@ def _rope(hf: Mapping[str, Any], file: Path, *, by_layer_type: bool) -> tuple[An
     if any(theta != thetas[0] for theta in thetas) or any(scaling != scalings[0] for scaling in scalings):
         said = {field: hf[field] for field in ROPE if field in hf}
         raise CheckpointError(f"{file}: {', '.join(said)} contradict each other ({shown(said)}); keep the right one")
-    scaling = scalings[0] if scalings else None
-    return thetas[0] if thetas else None, scaling, scaled_windows or scaling is None
+    theta, scaling = thetas[0] if thetas else family.rope_theta, scalings[0] if scalings else None
+    if of_windows not in (None, theta):  # transformers 5 reads `rope_theta` for the other layers only
+        expected = f"transformers 4 has it in every layer, 5 has {of_windows:,.0f} in layers with a window"
+        remedy = "write it in rope_parameters, for both types of layers"
+        raise CheckpointError(f"{file}: {invalid('rope_theta', theta, f'{expected}; {remedy}')}")
+    return theta, scaling, scaled_windows or scaling is None
 
 
 def _rope_table(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> tuple[Any, Scaling | None]:

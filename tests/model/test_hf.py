@@ -7,6 +7,7 @@ import random
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -237,6 +238,41 @@ def test_the_window_before_scaling_is_found_where_transformers_finds_it(folder: 
     assert GPT.from_hf(folder).config.rope_scaling == expected
     change_config(folder, original_max_position_embeddings=9)
     assert GPT.from_hf(folder).config.rope_scaling == replace(expected, original_max_position_embeddings=9)
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "llama3", **asdict(LLAMA3)}], ids=["plain", "scaled"])
+def test_a_rope_theta_that_transformers_reads_for_some_layers_of_olmo_3_is_refused(
+    tmp_path: Path, scaling: dict[str, object] | None
+) -> None:
+    """Its version 5 gives layers with a window the family's own, unless rope_parameters says otherwise."""
+    sizes: dict[str, Any] = {"layers": 4, "width": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "context": 64}
+    olmo: dict[str, Any] = {
+        "norms": "after",
+        "qk_norm": True,
+        "qk_norm_over": "width",
+        "window": 4,
+        "full_layers": (3,),
+    }
+    ours = GPT(GPTConfig(**sizes, **olmo, vocab_size=50, family="olmo3", rope_theta=500_000.0))
+    randomise(ours, 1)
+    ours.save_hf(tmp_path)
+    old: dict[str, object] = {"rope_parameters": "drop", "rope_scaling": scaling}
+    change_config(tmp_path, **old)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same_logits(GPT.from_hf(tmp_path), theirs, 1)
+    change_config(tmp_path, **old, rope_theta=100.0)
+    read = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert [read[kind]["rope_theta"] for kind in ("full_attention", "sliding_attention")] == [100.0, 500_000.0]
+    says = (
+        r"config\.json: rope_theta: 100\.0 is invalid: .* 5 has 500,000 in layers with a window; write it in rope_par"
+    )
+    with pytest.raises(CheckpointError, match=says):
+        GPT.from_hf(tmp_path)
+    rope = {"rope_type": "default", "rope_theta": 100.0}
+    both = {"full_attention": {**rope, **(scaling or {})}, "sliding_attention": rope}
+    change_config(tmp_path, **old | {"rope_parameters": both, "rope_scaling": "drop"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same_logits(GPT.from_hf(tmp_path), theirs, 1)
 
 
 def test_a_llama_that_transformers_refuses_is_ours_alone(tmp_path: Path) -> None:
@@ -664,7 +700,7 @@ def test_what_a_family_does_not_have_is_refused_with_the_reason(
         ),
         ({"model_type": "olmo3", "num_hidden_layers": 5}, {"full_layers": (3,), "rope_theta": 500_000.0}),
         (
-            {"model_type": "olmo3", "rope_scaling": asdict(LLAMA3), "rope_theta": 1e4},
+            {"model_type": "olmo3", "rope_scaling": asdict(LLAMA3), "rope_theta": 5e5},
             {"rope_scaling": LLAMA3, "scaled_windows": False},
         ),
         ({"model_type": "smollm3", "num_hidden_layers": 4}, {"no_rope_layers": (3,), "window": None}),
