@@ -147,10 +147,8 @@ def save(
         if tokenizer is not None and tokenizer.bos_id is not None:
             described["bos_token_id"] = tokenizer.bos_id
         if like is not None:
-            complete = any((temporary / name).exists() for name in HF_FILES if name != HF_FILE)
-            carry(like, temporary, (GENERATION,) if named and complete else None)
-            if named and tokenizer is not None:
-                tokenizer.save_hf(temporary)
+            own = {*_carried(temporary)} if named else set()
+            carry(like, temporary, {GENERATION} if own - {HF_FILE} else {*_carried(like)} - own)
             theirs = hf_config.read_json(like / (BASE_CONFIG if (like / BASE_CONFIG).exists() else CONFIG))
             ids = {field: theirs.get(field) for field in hf_config.SPECIAL_IDS}
             described |= ids if any(id_ is not None for id_ in ids.values()) else {}

@@ -178,14 +178,17 @@ def test_a_tokenizer_that_export_is_told_replaces_the_files_of_the_base(tmp_path
     mine.mkdir()
     content = json.loads((base / "tokenizer_config.json").read_text())
     (mine / "tokenizer_config.json").write_text(json.dumps(content | {"chat_template": "{{ mine }}"}))
-    shutil.copy(base / "tokenizer.json", mine)
+    (mine / "tokenizer.json").write_text(json.dumps(json.loads((base / "tokenizer.json").read_text()), indent=1))
     export(base, out, mine)
+    assert (out / "tokenizer.json").read_bytes() == (mine / "tokenizer.json").read_bytes()
     assert (out / "tokenizer_config.json").read_bytes() == (mine / "tokenizer_config.json").read_bytes()
     assert (out / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
     assert not (out / "chat_template.jinja").exists(), "transformers would take it instead of the other one"
     assert not (out / TEMPLATE).exists()
     (mine / "tokenizer_config.json").unlink()
     export(base, out, mine, overwrite=True)
+    assert (out / "tokenizer.json").read_bytes() == (mine / "tokenizer.json").read_bytes()
+    shutil.copy(base / "tokenizer.json", out)
     assert carries(out, base), "beside a tokenizer.json alone"
 
 
