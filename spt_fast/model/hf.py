@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from spt_fast.data.hf_tokenizer import HF_FILE, HF_FILES, TEMPLATES
-from spt_fast.errors import CheckpointError, SptWarning, invalid, shown, shown_key
+from spt_fast.errors import CheckpointError, SptWarning, counted, invalid, shown, shown_key
 from spt_fast.files import sync
 from spt_fast.model import hf_config, rotary
 from spt_fast.model.config import GPTConfig
@@ -120,7 +120,7 @@ def save(
     weights, kept in model.safetensors; `read_metadata` returns it. Everything is written and flushed in a temporary
     folder and then moved into place, config.json last; other files in the folder are left alone. overwrite: False
     raises CheckpointError instead of replacing files that differ, or of adding to another model's shards; True removes
-    another model's files.
+    another model's files. SptWarning for NaN and infinite numbers.
     """
     folder = Path(folder)
     if dtype is None:
@@ -140,7 +140,7 @@ def save(
     try:
         temporary.mkdir(parents=True)
         known = {**(read_metadata(like) if like else {}), **(metadata or {}), "format": "pt"}
-        _write(config, weights, temporary / WEIGHTS, dtype, known)
+        unusable = _write(config, weights, temporary / WEIGHTS, dtype, known)
         if tokenizer is not None:
             tokenizer.save_hf(temporary)
         described = hf_config.to_hf(config, DTYPES[dtype], None if tokenizer is None else tokenizer.eos_id)
@@ -162,6 +162,14 @@ def save(
             (folder / name).parent.mkdir(exist_ok=True)
             (temporary / name).replace(folder / name)
         sync(folder)
+        if unusable:
+            hold = "holds" if len(unusable) == 1 else "hold"
+            warnings.warn(
+                f"{folder}: {counted(len(unusable), 'tensor')} of the weights {hold} NaN or infinite numbers, "
+                f"{unusable[0]} first; take an earlier checkpoint, or copy the files again",
+                SptWarning,
+                stacklevel=3,
+            )
     except OSError as error:
         raise CheckpointError(
             f"{folder}: the weights could not be written ({error}); make room or choose another place"
@@ -220,7 +228,7 @@ def _write(
     file: Path,
     dtype: torch.dtype,
     metadata: Mapping[str, str],
-) -> None:
+) -> list[str]:
     parameters = table(config)
 
     def parts() -> Iterator[tuple[str, Tensor]]:
@@ -233,7 +241,7 @@ def _write(
         for parameter in parameters.values()
         for source, rows in parameter.sources.items()
     }
-    write(file, shapes, parts(), dtype, metadata)
+    return write(file, shapes, parts(), dtype, metadata)
 
 
 def read_config(folder: str | Path) -> GPTConfig:

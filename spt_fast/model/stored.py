@@ -92,6 +92,11 @@ def fill(target: Tensor, file: Path, name: str) -> None:
         start += len(piece)
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether no number in it is NaN or infinite."""
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # a NaN is both; much faster than a look at each
+
+
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
     try:
@@ -127,8 +132,9 @@ def write(
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
     metadata: Mapping[str, str],
-) -> None:
-    """Write tensors as they arrive, in any order, cast to `dtype` (float32, bfloat16 or float16).
+) -> list[str]:
+    """Write tensors as they arrive, in any order, cast to `dtype` (float32, bfloat16 or float16); return the names of
+    those with a NaN or an infinite number, in that order.
 
     shapes: of all tensors. Equal tensors and metadata make equal files. CheckpointError for a number that
     float16 cannot hold.
@@ -140,7 +146,7 @@ def write(
         header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    missing = set(shapes)
+    missing, unusable = set(shapes), dict[str, None]()
     with file.open("wb") as written:
         written.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors:
@@ -149,8 +155,11 @@ def write(
             written.seek(8 + len(text) + header[name]["data_offsets"][0])
             for piece in tensor.detach().split(_rows(tensor)):
                 cast = piece.to("cpu", dtype).contiguous()
-                if dtype == torch.float16 and bool((cast.isinf() & piece.cpu().isfinite()).any()):
-                    says = f"float16 is invalid: it cannot hold the {piece.abs().max():.4g} in {name}; use bf16 or fp32"
-                    raise CheckpointError(f"dtype: {says}", argument=True)
+                if not finite(cast):
+                    unusable[name] = None
+                    if dtype == torch.float16 and bool((cast.isinf() & piece.cpu().isfinite()).any()):
+                        says = f"it cannot hold the {piece.abs().max():.4g} in {name}; use bf16 or fp32"
+                        raise CheckpointError(f"dtype: float16 is invalid: {says}", argument=True)
                 written.write(cast.view(torch.uint8).numpy())
     assert not missing, missing
+    return [*unusable]

@@ -16,7 +16,7 @@ from spt_fast.data.mixture import exact_weights
 from spt_fast.errors import CheckpointError, RecipeError, invalid
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.parameters import table
-from spt_fast.model.stored import Stored
+from spt_fast.model.stored import Stored, finite
 from spt_fast.train.origin import Origin, Part, named, with_history
 from spt_fast.train.release import outside_runs, tokenizer_of, write_release
 from spt_fast.train.weights import chosen, digest_of, read_config, stored_weights
@@ -39,7 +39,8 @@ def merge(
     have a separate head, the others' embedding serves as theirs. weights: one each, above 0; all whole numbers, which
     are relative, or shares that sum to exactly 1. The average is made in float32, a tensor at a time, and stored in
     `dtype`, by default that of the first model, whose tokenizer and other files are copied.
-    RecipeError for the weights, CheckpointError for models that don't fit together.
+    RecipeError for the weights, CheckpointError for models that don't fit together, and for NaN or infinite numbers in
+    one, which would be those of the average.
     """
     shares = _shares(weights, models)
     with outside_runs(folder):
@@ -52,11 +53,18 @@ def merge(
             for name, parameter in table(config).items()
         }
 
+        def part(i: int, name: str) -> Tensor:
+            tensor = read[i][name].float()
+            if not finite(tensor):
+                says = "holds NaN or infinite numbers, as every average with it would; leave this model out"
+                raise CheckpointError(f"{models[i]}: {name} {says}, or take an earlier checkpoint")
+            return tensor
+
         def average(name: str) -> Tensor:
-            mean, so_far = read[0][name].float(), shares[0]
-            for tensors, share in zip(read[1:], shares[1:], strict=True):
+            mean, so_far = part(0, name), shares[0]
+            for i, share in enumerate(shares[1:], 1):
                 so_far += share
-                mean.lerp_(tensors[name].float(), float(share / so_far))  # leaves equal values unchanged
+                mean.lerp_(part(i, name), float(share / so_far))  # leaves equal values unchanged
             return mean
 
         merged = Stored(likes, average)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from spt_fast import cli
-from spt_fast.errors import CheckpointError, RecipeError
+from spt_fast.errors import CheckpointError, RecipeError, SptWarning
 from spt_fast.model import hf
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import weights as stored
 from spt_fast.train.card import model_card
 from spt_fast.train.merge import merge
 from spt_fast.train.origin import History, Origin, Part, PhaseFacts, origin_of
-from spt_fast.train.release import generate_text, tokenizer_of
+from spt_fast.train.release import export, generate_text, take_over, tokenizer_of
 from tests.train.test_identity import byte_tokenizer
 
 SHAPE: dict[str, Any] = {
@@ -83,6 +83,31 @@ def test_an_average_is_made_in_float32_and_stored_as_the_first(tmp_path: Path) -
     with pytest.raises(CheckpointError, match=r"^dtype: float16 is invalid: it cannot hold the .* in .*; use bf16"):
         merge([tmp_path / "large"] * 2, [1, 1], tmp_path / "half", dtype="fp16")
     assert not (tmp_path / "half").exists()
+
+
+def test_numbers_that_are_not_finite_are_named_in_copies_and_not_averaged(tmp_path: Path) -> None:
+    weights = write(tmp_path / "a", 1)
+    for name, number in (("blocks.0.w_down", float("nan")), ("final_norm", float("-inf"))):
+        weights[name].view(-1)[-1] = number
+    known, says = (
+        Origin(byte_tokenizer().digest).as_metadata(),
+        "2 tensors of the weights hold .*, model.norm.weight first",
+    )
+    with pytest.warns(SptWarning, match=f"b: {says}"):
+        hf.save(GPTConfig(**SHAPE), weights, tmp_path / "b", byte_tokenizer(), None, known)
+    for copy, out in ((export, "exported"), (take_over, "taken")):
+        with pytest.warns(SptWarning, match=f"{out}: {says}") as said:
+            copy(tmp_path / "b", tmp_path / out)
+        assert len(said) == 1
+        assert hf.load(tmp_path / out)[1]["final_norm"][-1] == float("-inf")
+    merge([tmp_path / "a"] * 2, [1, 1], tmp_path / "out")
+    before = (tmp_path / "out" / hf.WEIGHTS).read_bytes()
+    with pytest.raises(CheckpointError, match=r"b: final_norm holds NaN or infinite numbers, .*; leave this model out"):
+        merge([tmp_path / "a", tmp_path / "b"], [1, 1], tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / hf.WEIGHTS).read_bytes() == before
+    large = {name: torch.full_like(tensor, 3.4e38) for name, tensor in weights.items()}
+    with pytest.warns(SptWarning, match="hold NaN or infinite numbers"):  # 3.4e38 is more than bfloat16 has
+        hf.save(GPTConfig(**SHAPE), large, tmp_path / "large", dtype=torch.bfloat16)
 
 
 def test_the_card_of_an_average_says_how_every_model_was_trained(tmp_path: Path) -> None:
