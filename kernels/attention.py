@@ -42,6 +42,7 @@ from torch import Tensor
 from spt_fast.errors import invalid
 from spt_fast.kernels import attention_cpu, attention_packed, attention_triton, documents, flash_attn, rotary
 from spt_fast.kernels.backend import Candidate, Op, is_transformed
+from spt_fast.kernels.linear import as_autocast
 
 MAX_HEAD_DIM = 256
 """Largest head dimension of the Triton kernels and of flash-attn, which also needs a multiple of 8."""
@@ -66,6 +67,7 @@ def flash_attention(
     don't fit (cu_seqlens' values are checked only on a CPU, where that needs no synchronisation), or a backend that
     isn't available.
     """
+    q_BTHD, k_BTHD, v_BTHD = as_autocast(q_BTHD, k_BTHD, v_BTHD)
     _check(q_BTHD, k_BTHD, v_BTHD, causal, cu_seqlens, window, scale)
     if window is not None and window >= q_BTHD.shape[1]:
         window = None
@@ -121,6 +123,7 @@ def attend(
     op: Op,
 ) -> Tensor:
     """`qkv_attention`, for an op with the same backends."""
+    (qkv_BTSD,) = as_autocast(qkv_BTSD)
     window, scale = checked(qkv_BTSD, K, cos, sin, q_weight, k_weight, cu_seqlens, window, scale)
     q_BTHD, k_BTHD, v_BTHD = attention_packed.split(qkv_BTSD, K)
     if is_transformed():

@@ -356,6 +356,11 @@ def new_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in tensors)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether torch.autocast is on where x is; the meta device has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """float32, the dtype of every sum inside an op; float64 for float64 inputs, so that gradcheck is meaningful."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -60,7 +60,7 @@ from spt_fast.kernels.backend import (
 )
 from spt_fast.kernels.gradients import accumulates_in_place, gradient_of
 from spt_fast.kernels.launch import DTYPES, INTERPRETED, Config, Variant, jit, launched, next_power_of_2, tl
-from spt_fast.kernels.linear import add_product
+from spt_fast.kernels.linear import add_product, as_autocast
 from spt_fast.kernels.matmul import multiply
 
 CHUNK_BYTES = {"cpu": 8 << 20}
@@ -99,6 +99,7 @@ def linear_cross_entropy(
     vocabulary. On a GPU the Triton kernel makes that row's loss and gradient NaN, since an exception would have to wait
     for the GPU.
     """
+    x_ND, weight_VD = as_autocast(x_ND, weight_VD)
     if (
         x_ND.dim() != 2
         or weight_VD.dim() != 2

@@ -16,17 +16,19 @@ kernels/gradients.py lists the requirements for callers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from spt_fast import native
-from spt_fast.kernels.backend import CPU_LIBRARY, Op, accumulation_dtype
+from spt_fast.kernels.backend import CPU_LIBRARY, Op, accumulation_dtype, autocasts
 from spt_fast.kernels.gradients import accumulates_in_place, gradient_of
 from spt_fast.kernels.launch import Variant
 from spt_fast.kernels.matmul import multiply, rows_times
+
+_Operand = TypeVar("_Operand", Tensor, Tensor | None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -36,17 +38,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     """
     if backend != "auto":
         _LINEAR.pick(backend, x)
-    if torch.is_grad_enabled() and accumulates_in_place(weight) and not torch.is_autocast_enabled(x.device.type):
+    if torch.is_grad_enabled() and accumulates_in_place(weight) and not autocasts(x):
         return _InPlace.apply(x, weight, bias)
     return F.linear(x, weight, bias) if torch.is_grad_enabled() else rows_times(x, weight.T, bias)
 
 
-def as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def as_autocast(*tensors: _Operand) -> list[_Operand]:
     """A product's operands, in autocast's dtype if it is on."""
-    kinds = {x.device.type for x in tensors if x is not None}
-    if not any(map(torch.is_autocast_enabled, kinds)):
+    x = next(x for x in tensors if x is not None)
+    if not autocasts(x):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(kinds.pop())
+    dtype = torch.get_autocast_dtype(x.device.type)
     return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
 
 

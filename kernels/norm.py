@@ -34,6 +34,7 @@ from spt_fast.kernels.backend import (
     Candidate,
     Op,
     accumulation_dtype,
+    autocasts,
     custom_op,
     differentiable,
     is_looked_at,
@@ -66,6 +67,9 @@ def add_rms_norm(
     ValueError: shapes or dtypes that don't fit, or a backend that cannot run for x.
     """
     _check("add_rms_norm", x, weight)
+    if x.dtype != residual.dtype and autocasts(x):
+        wider = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(wider), residual.to(wider)
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ValueError(
             f"add_rms_norm: x is {x.dtype} {tuple(x.shape)}, residual is {residual.dtype} {tuple(residual.shape)}; "

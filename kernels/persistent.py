@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spt_fast.kernels.backend import autocasts
 from spt_fast.kernels.launch import INTERPRETED, Config, TensorDescriptor, Variant, jit, multiprocessors, tl
 
 SEPARATE = Config((), 0)
@@ -49,7 +50,7 @@ def fits(x: Tensor, *parameters: Tensor | None) -> bool:
         and (x.dtype != torch.bfloat16 if INTERPRETED else x.itemsize == 2)  # the interpreter gets bf16 wrong
         and all(width * x.itemsize % ALIGNMENT == 0 for width in widths)
         and all(each.is_contiguous() and each.data_ptr() % ALIGNMENT == 0 for each in given[1:])
-        and not torch.is_autocast_enabled(x.device.type)
+        and not autocasts(x)
     )
 
 

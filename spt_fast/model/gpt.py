@@ -49,6 +49,7 @@ from spt_fast.kernels import (
     swiglu_mlp,
     swiglu_packed,
 )
+from spt_fast.kernels.backend import autocasts
 from spt_fast.kernels.documents import spans
 from spt_fast.kernels.fp8 import MULTIPLE
 from spt_fast.model import generate, hf, rotary
@@ -241,7 +242,7 @@ class GPT(nn.Module):
         """
         if tokens_BT.dim() != 2:
             raise ValueError(f"tokens: {tuple(tokens_BT.shape)} is invalid: they must be [B, T]")
-        if torch.is_autocast_enabled(tokens_BT.device.type) and isinstance(self.embedding, nn.Parameter):
+        if autocasts(tokens_BT) and isinstance(self.embedding, nn.Parameter):
             return self._under_autocast(tokens_BT, targets_BT, cu_seqlens, reduction, scale)
         T = tokens_BT.shape[1]
         if self.config.context < T:

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import sys
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -524,6 +525,23 @@ def test_a_projection_that_cannot_be_is_refused() -> None:
         qkv_attention(qkv, 2, cos, cos[1:])
     with pytest.raises(ValueError, match="qkv_attention: only one of"):
         qkv_attention(qkv, 2, cos, cos, q_weight=cos[0])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_under_autocast_the_result_has_its_dtype_whatever_the_backend(backend: str) -> None:
+    q, k, v = random_tensors([(2, 9, 2, 16), (2, 9, 1, 16), (2, 9, 1, 16)], torch.float32)
+    lowered = [x.bfloat16() for x in (q, k, v)]
+    upstream = [torch.ones(q.shape, dtype=torch.bfloat16, device=DEVICE)]
+    attend = partial(flash_attention, window=4, backend=backend)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        ours = run(attend, [q, k, v], upstream)
+        packed = qkv_attention(torch.cat([q, k, v], 2), 1, window=4, backend=backend)
+        of_two_dtypes = run(attend, [q, *lowered[1:]], upstream)
+    expected = run(attend, lowered, upstream)
+    assert [found.dtype for found in ours] == [torch.bfloat16] + [torch.float32] * 3
+    for found in (ours, of_two_dtypes):
+        assert all(torch.equal(a.float(), b.float()) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(packed, expected[0])
 
 
 def test_bad_arguments_are_refused() -> None:

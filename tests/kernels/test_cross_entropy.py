@@ -371,6 +371,20 @@ def test_targets_outside_the_vocabulary(backend: str, dtype: torch.dtype, target
     assert x.grad[2].isnan().all()
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_under_autocast_the_product_is_in_its_dtype(backend: str) -> None:
+    x, weight = random_tensors([(9, 8), (13, 8)], torch.float32)
+    loss = partial(linear_cross_entropy, targets_N=torch.arange(9, device=DEVICE), backend=backend)
+    upstream = [torch.ones((), device=DEVICE)]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        ours = run(loss, [x, weight], upstream)
+        of_two_dtypes = run(loss, [x.bfloat16(), weight], upstream)
+    assert [found.dtype for found in ours] == [torch.float32] * 3
+    expected = run(loss, [x.bfloat16(), weight.bfloat16()], upstream)
+    for found in (ours, of_two_dtypes):
+        assert all(torch.equal(a.float(), b.float()) for a, b in zip(found, expected, strict=True))
+
+
 def test_bad_arguments_are_refused() -> None:
     x, weight, targets, _ = draw(6, 4, 9)
     for wrong in ((x[:, :3], weight, targets), (x, weight, targets[:5]), (x[0], weight, targets[:1])):

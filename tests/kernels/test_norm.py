@@ -85,6 +85,19 @@ def test_norm_is_of_the_rounded_stream() -> None:
     assert torch.equal(y, rms_norm(stream, weight))
 
 
+def test_under_autocast_a_sum_of_two_dtypes_is_in_the_wider_one() -> None:
+    """The stream is float32 there, and what is added to it comes from a product in bf16."""
+    x, residual, weight = random_tensors([(3, 24), (3, 24), (24,)], torch.float32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for given in ((x.bfloat16(), residual), (x, residual.bfloat16())):
+            ours = add_rms_norm(*given, weight)
+            expected = add_rms_norm(*(tensor.float() for tensor in given), weight)
+            assert [y.dtype for y in ours] == [torch.float32] * 2
+            assert all(map(torch.equal, ours, expected))
+    with pytest.raises(ValueError, match="they must agree"):
+        add_rms_norm(x.bfloat16(), residual, weight)
+
+
 def test_large_and_small_values_survive_half_precision() -> None:
     for value in (3e4, 1e-3):
         x = torch.full((2, 64), value, dtype=torch.float16)

@@ -67,6 +67,14 @@ def test_autocast_is_the_model_in_its_dtype_with_gradients_in_the_parameters_own
         assert torch.equal(own.grad, other.grad.float())
 
 
+def test_on_the_meta_device_it_runs_as_elsewhere() -> None:
+    model, tokens_BT = GPT.without_weights(GPTConfig(**SMALL)), tokens(2, 5).to("meta")
+    assert model(tokens_BT).shape == (2, 5, SMALL["vocab_size"])
+    loss = model(tokens_BT, tokens_BT)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
+
+
 def test_generation_under_autocast_takes_the_models_own_dtype() -> None:
     model, tokens_NT = model_with_random_norms(), tokens(2, 5)
     with torch.autocast("cpu", torch.bfloat16):
