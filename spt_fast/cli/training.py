@@ -133,8 +133,9 @@ def train(
     with nullcontext() if dry_run else StopRequest():  # the run takes over a signal that comes while torch is imported
         from spt_fast.train import dry_run as trying
         from spt_fast.train.run import print_summary
+        from spt_fast.train.world import before_joining
 
-        loaded = spt.load_recipe(recipe, overrides or ())
+        loaded = before_joining(lambda: spt.load_recipe(recipe, overrides or ()))
         if dry_run:
             trials = trying.dry_run(loaded, resume=resume, verify=verify)
             if is_first():

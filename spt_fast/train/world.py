@@ -193,6 +193,20 @@ def join_world(*, process_group: bool) -> World:
     return World(rank, size, device, dist.new_group(backend="gloo"), failures, local_rank)
 
 
+def before_joining(act: Callable[[], Result]) -> Result:
+    """The result of `act`, in processes that join in their next step together. If it raises in some of them, these join
+    now, so that one raises its error and all others FailedElsewhere."""
+    try:
+        return act()
+    except Exception as error:
+        try:
+            world = join_world(process_group=False)
+        except RecipeError:
+            raise error from None
+        world.agree(error)
+        raise
+
+
 _joined = itertools.count()
 """The number of times that this process joined others; the store stays the same."""
 

@@ -5,7 +5,8 @@
 The file holds a list of {"recipe", "resume", and optionally "recipe_of_last", which the last process gets instead,
 "stop_at", "poison_at", "infinite_at", "fail_at", "die_at"}: steps (of the process's whole life in that run) at which
 the last process gets SIGTERM, gets a loss that is not a number, gets an infinite loss with finite gradients, raises an
-error, or is killed. Every process records the tokens of every step: `<run>.tokens-<rank>.npz`.
+error, or is killed; or {"command"}, words for `spt-fast`. Every process records the tokens of every step:
+`<run>.tokens-<rank>.npz`.
 
 A fresh interpreter takes seconds to import torch and DeepSpeed. So `Ranks` forks its processes from a server that has
 imported them, and hands them the variables that torchrun would.
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from spt_fast import cli
 from spt_fast.config import recipe_from
 from spt_fast.data.loader import Batch
 from spt_fast.errors import DataError
@@ -84,6 +86,10 @@ def train(plans: list[dict[str, Any]]) -> None:
     torch.set_num_threads(1)
     GPT.forward = Poison.poisoned  # type: ignore[method-assign, assignment]
     for plan in plans:
+        if "command" in plan:
+            sys.argv = ["spt-fast", *plan["command"]]
+            cli.main()
+            continue
         made: list[Watched] = []
 
         def make(*arguments: Any, _plan: dict[str, Any] = plan, _made: list[Watched] = made, **named: Any) -> Watched:

@@ -258,6 +258,23 @@ def test_the_summary_says_why_another_process_failed(data: Path) -> None:
     assert (summary["status"], summary["reason"]) == ("failed", "process 1: chem.bin: cannot be read")
 
 
+@pytest.mark.parametrize("misspelt_in", [(0, 1), (1,)])
+def test_a_recipe_that_cannot_be_read_is_said_once(data: Path, misspelt_in: tuple[int, ...]) -> None:
+    """By the first process that has it, which on another host may be a later one. The others end too."""
+    place = data / f"misspelt-{len(misspelt_in)}"
+    place.mkdir()
+    for rank in range(2):
+        raw = short_recipe(data, "misspelt") | ({"sed": 1} if rank in misspelt_in else {})
+        (place / f"{rank}.yaml").write_text(yaml.safe_dump(raw))
+    ranks = Ranks(2, [{"command": ["train", f"{place}/$RANK.yaml"]}], data / f"{place}.said")
+    ranks.wait(PATIENCE_S)
+    ended, said = ranks.end(0)
+    assert not ended
+    assert re.findall(r"spt-fast.*: sed", said) == [
+        f"spt-fast, process {misspelt_in[0]}: {place}/{misspelt_in[0]}.yaml: sed"
+    ]
+
+
 def test_a_process_that_dies_ends_the_job(data: Path) -> None:
     """Long before the half hour that a collective waits."""
     path = data / "dead.json"
