@@ -95,7 +95,7 @@ def sweep(
         Option(metavar="NAME", help="Price the study for this GPU, such as H100; by default for this machine."),
     ] = None,
     mfu: Annotated[
-        str | None, Option(metavar="SHARE", help="Assume this share of the GPU's peak, such as 40%.")
+        str | None, Option(metavar="SHARE", help="Assume this share of the GPU's peak, such as 50%; by default 40%.")
     ] = None,
     per_gpu_hour: Price = None,
     as_json: Json = False,

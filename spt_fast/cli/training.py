@@ -91,7 +91,9 @@ def plan(
     ] = None,
     mfu: Annotated[
         str | None,
-        Option(metavar="SHARE", help="Assume this share of the peak, such as 40%; by default what was measured."),
+        Option(
+            metavar="SHARE", help="Assume this share of the peak, such as 50%; by default the measured one, or 40%."
+        ),
     ] = None,
     mfu_from: Annotated[
         Path | None, PathOption(metavar="RUN", help="Take the share of the peak from the metrics of this run.")

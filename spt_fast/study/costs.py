@@ -22,7 +22,7 @@ from spt_fast.study.tree import PlannedRun, expand, naming_stage
 from spt_fast.train.dry_run import dry_run
 from spt_fast.train.plan import Plan, make_plan
 from spt_fast.train.precision import precision_of
-from spt_fast.train.price import TIME_FACTOR, Machine, Speed, phase_time, speed_of
+from spt_fast.train.price import TIME_FACTOR, Machine, Speed, phase_time, said_speed, speed_of
 from spt_fast.train.world import pick_device
 
 
@@ -50,6 +50,8 @@ class StudyPrice:
     per_gpu_hour: float | None
     longest_hours: float | None
     """Time of the longest chain of runs of which each starts from the one before."""
+    speed_from: str | None
+    """Where the speeds come from, None if no run remains."""
 
     @property
     def wall_hours(self) -> float | None:
@@ -71,8 +73,8 @@ class StudyPrice:
 
     def as_json(self) -> dict[str, Any]:
         total = {name: figure for name, figure in vars(self.total).items() if name != "stage"}
-        wall = {"wall_hours": self.wall_hours}
-        return {"stages": self.stages, "total": total, "jobs": self.jobs, **wall, "cost": self.cost}
+        times = {"wall_hours": self.wall_hours, "speed_from": self.speed_from}
+        return {"stages": self.stages, "total": total, "jobs": self.jobs, **times, "cost": self.cost}
 
 
 def _sum(hours: Sequence[float | None]) -> float | None:
@@ -86,8 +88,8 @@ def price(
     """The price of a study's remaining runs, on this machine or on the given GPU; see `costs`."""
     runs = len(expand(study))
     at_a_time = Local(runs, jobs).jobs if gpu is None else min(jobs or 1, runs)
-    stages, longest_hours = _priced(study, jobs=at_a_time, gpu=gpu, mfu=mfu)
-    return StudyPrice(stages, at_a_time, per_gpu_hour, longest_hours)
+    stages, longest_hours, sources = _priced(study, jobs=at_a_time, gpu=gpu, mfu=mfu)
+    return StudyPrice(stages, at_a_time, per_gpu_hour, longest_hours, "; ".join(sources) or None)
 
 
 def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None = None) -> list[Cost]:
@@ -100,8 +102,10 @@ def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None 
     return _priced(study, jobs=jobs, gpu=gpu, mfu=mfu)[0]
 
 
-def _priced(study: Study, *, jobs: int, gpu: str | None, mfu: float | None) -> tuple[list[Cost], float | None]:
-    """The costs, and the hours of the longest chain of runs."""
+def _priced(
+    study: Study, *, jobs: int, gpu: str | None, mfu: float | None
+) -> tuple[list[Cost], float | None, list[str]]:
+    """The costs, the hours of the longest chain of runs, and where the speeds come from."""
     runs = expand(study)
     check(study, runs)
     plans = {}
@@ -133,7 +137,8 @@ def _priced(study: Study, *, jobs: int, gpu: str | None, mfu: float | None) -> t
             chains[run.name] = _sum([*own, chains.get(run.after or "", 0.0)])
         found.append(Cost(stage.axes.name, len(of_stage), len(of_stage) - len(left), tokens, flops, _sum(hours)))
     known = [hours for hours in chains.values() if hours is not None]
-    return found, max(known, default=0.0) if len(known) == len(chains) else None
+    longest_hours = max(known, default=0.0) if len(known) == len(chains) else None
+    return found, longest_hours, list(dict.fromkeys(speed.source for speed in speeds.values()))
 
 
 def _speed(plan: Plan, finished: Sequence[PlannedRun], *, jobs: int, gpu: str | None, mfu: float | None) -> Speed:
@@ -161,4 +166,6 @@ def print_price(price: StudyPrice, study: str, console: Console) -> None:
     rows = [[getattr(cost, column) for column in columns] for cost in (*price.stages, price.total)]
     print_table(console, f"{study}: remaining runs", columns, rows)
     wall = None if price.wall_hours is None else duration(3600 * price.wall_hours)
-    print_facts(console, "", {"runs at a time": price.jobs, "wall time": wall, "cost": price.cost})
+    source = None if price.speed_from is None else said_speed(price.speed_from)
+    facts = {"runs at a time": price.jobs, "wall time": wall, "cost": price.cost, "speed from": source}
+    print_facts(console, "", facts)

@@ -29,7 +29,7 @@ from spt_fast.locks import InUse
 from spt_fast.study import jobs
 from spt_fast.study import sweep as sweeping
 from spt_fast.study.compare import compare
-from spt_fast.study.costs import _speed, costs, price
+from spt_fast.study.costs import _speed, costs, price, print_price
 from spt_fast.study.jobs import Outcome
 from spt_fast.study.load import load_study
 from spt_fast.study.runs_table import COLUMNS, read_table
@@ -246,6 +246,15 @@ def test_a_study_takes_as_long_as_its_longest_chain_however_many_run_at_a_time(
     assert one.wall_hours == one.total.hours == pytest.approx(pretrain.hours + finetune.hours)
     assert many.wall_hours == pytest.approx(pretrain.hours / 2 + finetune.hours / 4)  # a run and a finetune of it
     assert one.cost == many.cost
+    assert one.speed_from == "stated"
+
+
+def test_the_price_of_a_study_says_that_its_speed_is_assumed(
+    swept: tuple[Path, pd.DataFrame], capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = raw_study(swept[0].parent) | {"seeds": 2}
+    print_price(price(study_from(raw), jobs=1, gpu="H100", mfu=None, per_gpu_hour=None), "s", Console(width=500))
+    assert "an MFU of 40% is assumed: give yours with --mfu; 49% at 124m" in capsys.readouterr().out
 
 
 def test_a_timed_step_is_priced_as_it_was_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from spt_fast import cli
+from spt_fast.cli import program
 from spt_fast.config import Recipe, recipe_from
 from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.model.flops import block_matrices, train_flops_per_token
@@ -179,6 +180,17 @@ def test_the_command_prints_every_figure(recipe: Recipe, tmp_path: Path, capsys:
     keys = ("stage", "offload", "checkpointing", "recipe", "bytes", "fits", "step_s", "hours", "cost")
     assert all(tuple(way) == keys for way in plan["ways"])
     assert (plan["gpus"], plan["gpu_memory_bytes"], plan["speed_from"]) == (2, 80 * 10**9, "stated")
+
+
+def test_an_assumed_mfu_is_called_one_with_the_flag_for_another(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program.out, "width", 500)
+    words = ["plan", str(tiny.write_recipe(tmp_path, recipe.plain())), "--gpu", "H100"]
+    cli.app(words, standalone_mode=False)
+    assert "an MFU of 40% is assumed: give yours with --mfu; 49% at 124m" in capsys.readouterr().out
+    cli.app([*words, "--mfu", "40%"], standalone_mode=False)
+    assert "is assumed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
