@@ -19,7 +19,7 @@ import torch
 
 from spt_fast import native
 from spt_fast.data.order import SampleOrder
-from spt_fast.data.shards import TokenDataset
+from spt_fast.data.shards import TokenDataset, stamp_of
 from spt_fast.errors import DataError, RecipeError
 
 PREFETCHED_STEPS = 2
@@ -249,7 +249,8 @@ class _TokenFile:
             self._file = dataset.path.open("rb", buffering=0)
         except OSError as error:
             raise DataError(f"source {name!r}: {dataset.path} cannot be opened: {error.strerror}") from None
-        self._size_bytes = os.fstat(self._file.fileno()).st_size
+        status = os.fstat(self._file.fileno())
+        self._size_bytes = status.st_size
         needed_bytes = dataset.offset_bytes + dataset.num_tokens * dtype.itemsize
         if self._size_bytes < needed_bytes:
             self._file.close()
@@ -257,7 +258,7 @@ class _TokenFile:
                 f"source {name!r}: {dataset.path} has {self._size_bytes:,} bytes and its {dataset.num_tokens:,} tokens "
                 f"need {needed_bytes:,}; it is truncated: copy or prepare it again"
             )
-        if not self._holds_ids_of(dataset):
+        if stamp_of(status) != dataset.stamp and not self._holds_ids_of(dataset):
             self._file.close()
             raise DataError(
                 f"source {name!r}: {dataset.path} was replaced by other text since this run opened it; put the file "
@@ -273,11 +274,12 @@ class _TokenFile:
         """Whether the file begins and ends as the dataset, whose map still shows a file that was replaced."""
         last = max(0, dataset.num_tokens - COMPARED_IDS)
         for first in (0, last):
-            ids = dataset.tokens[first : first + COMPARED_IDS].tobytes()
-            start = dataset.offset_bytes + first * dataset.tokens.itemsize
+            if (ids := _copied(dataset.tokens[first : first + COMPARED_IDS])) is None:
+                return False
             try:
-                found = os.pread(self._file.fileno(), len(ids), start)
+                found = os.pread(self._file.fileno(), len(ids), dataset.offset_bytes + first * dataset.tokens.itemsize)
             except OSError as error:
+                self._file.close()
                 reason = f"cannot be read: {error.strerror}; check the disk"
                 raise DataError(f"source {self._name!r}: {self._path} {reason}") from None
             if found != ids:
@@ -316,3 +318,16 @@ class _TokenFile:
                     "this run's tokenizer, or raise model.vocab_size"
                 )
         raise AssertionError(failure)
+
+
+def _copied(mapped: np.ndarray) -> bytes | None:
+    """The bytes of a map, None if they are gone. The system copies them: where the mapped file was cut, or replaced by
+    another host of a network file system, a read by this process would end in SIGBUS."""
+    with open(os.memfd_create("ids"), "w+b", buffering=0) as copy:
+        try:
+            copy.write(mapped.data)
+        except OSError:
+            return None
+        copy.seek(0)
+        copied = copy.read()
+    return copied if len(copied) == mapped.nbytes else None

@@ -42,6 +42,9 @@ END_DTYPE = np.dtype("<i8")  # u64 on disk: below 2^63 the same bytes, and int64
 Prefix = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """Of a token dataset; a folder, pattern or list stands for one in many files."""
 
+Stamp = tuple[int, int, int]
+"""A file's device, inode and time of its last write in ns. While they stay the same, so do its bytes."""
+
 _ENDINGS = (".bin", ".npy", ".ds")
 _ABOUT = (".idx", ".json", ".index", ".metadata")
 _NAMED = 5
@@ -62,6 +65,7 @@ class TokenDataset:
     digest          identifies the content: in our format a hash of the block hashes; otherwise of sizes and samples
     path            the file that holds the ids, which start at `offset_bytes`; for many files the folder or pattern
     modified_ns     when its files had last been written as they were opened, in nanoseconds since 1970
+    stamp           the `stamp_of` the file that holds the ids as it was opened
     shards          the datasets that it consists of, in order; empty if it is one file
     """
 
@@ -72,6 +76,7 @@ class TokenDataset:
     document_ends: np.ndarray | None
     digest: str
     modified_ns: int
+    stamp: Stamp
     num_bytes: int | None = None
     vocab_size: int | None = None
     max_id: int | None = None
@@ -115,9 +120,10 @@ class TokenDataset:
             metadata = _read_metadata(files_of(base)[2])
             if metadata is None:
                 found = formats.find(Path(prefix), declared)
+                stamp = stamp_of(found.path.stat())
                 tokens = formats.map_ids(found.path, found.dtype, found.offset_bytes, found.num_tokens)
                 place = found.format, found.path, found.offset_bytes
-                return cls(*place, tokens, found.document_ends, found.digest, _modified_ns(found.path))
+                return cls(*place, tokens, found.document_ends, found.digest, _modified_ns(found.path), stamp)
             return cls._open_own(base, metadata, declared)
         except OSError as error:
             where, remedy = cut(str(error.filename or prefix), 200), "fix that, or name another"
@@ -138,6 +144,7 @@ class TokenDataset:
         formats.check_size(
             idx_path, num_documents * END_DTYPE.itemsize, f"the {num_documents:,} documents in {json_path}"
         )
+        stamp = stamp_of(bin_path.stat())
         ends = formats.map_ids(idx_path, END_DTYPE, 0, num_documents)
         checked = ends[:_ENDS_CHECKED]
         if num_documents and (checked[0] < 0 or np.any(checked[1:] < checked[:-1]) or ends[-1] != num_tokens):
@@ -153,6 +160,7 @@ class TokenDataset:
             document_ends=ends,
             digest=_sha256_of([metadata["dtype"], metadata["blocks_sha256"], metadata["idx_sha256"]]),
             modified_ns=_modified_ns(bin_path),
+            stamp=stamp,
             num_bytes=metadata["num_bytes"],
             vocab_size=metadata["vocab_size"],
             max_id=metadata["max_id"],
@@ -283,6 +291,10 @@ def _allow_open_files(more: int) -> None:
     wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def _modified_ns(path: Path) -> int:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import mmap
 import os
 import random
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -248,6 +250,36 @@ def test_a_dataset_prepared_anew_under_an_open_one_is_refused(
             assert (
                 read(datasets)[0][1][0].tokens.numpy() == windows_by_hand(datasets, order_of(datasets), 0)[:, :-1]
             ).all()
+
+
+def test_a_file_written_since_it_was_opened_is_compared_with_what_was_opened(
+    datasets: dict[str, TokenDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that wasn't is not: the phases of a run open many files again."""
+
+    def fail(*_: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    os.utime(datasets["web"].path, ns=(0, 0))
+    assert read(datasets)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(
+        DataError, match=r"^source 'web': .*web\.bin cannot be read: Input/output error; check the disk$"
+    ):
+        read(datasets)
+    os.utime(datasets["web"].path, ns=(0, datasets["web"].stamp[2]))
+    assert read(datasets)
+
+
+def test_a_file_whose_mapped_pages_are_gone_is_refused(datasets: dict[str, TokenDataset]) -> None:
+    """A read of them would end in SIGBUS, as on NFS where another host replaced the file."""
+    path = datasets["web"].path
+    other = path.with_suffix(".other")
+    shutil.copy(path, other)
+    os.truncate(path, 0)
+    other.replace(path)
+    with pytest.raises(DataError, match="was replaced by other text"):
+        read(datasets)
 
 
 @pytest.mark.timeout(30)
