@@ -19,7 +19,7 @@ from typing import Any, Literal
 import pandas as pd
 import yaml
 
-from spt_fast.advice.next_step import PUBLISHED, exact_count
+from spt_fast.advice.next_step import PUBLISHED, batch_said, batch_section, exact_count, with_comment
 from spt_fast.advice.prior import FACTS, REPLAY, outside, progress_lost
 from spt_fast.advice.question import NO_GENERAL, RISE_UNKNOWN, ask, size_of
 from spt_fast.advice.result import Asked, Ended
@@ -31,7 +31,7 @@ from spt_fast.model.flops import parameters
 from spt_fast.study import views
 from spt_fast.study.finetunes import SIZES
 from spt_fast.study.load import WINDOW
-from spt_fast.study.settings import fields_of, usual
+from spt_fast.study.settings import fields_of, usual, usual_batch
 from spt_fast.study.usable import UsableRows, usable
 from spt_fast.study.words import amount, percent, three_digits
 from spt_fast.train.weights import read_config
@@ -126,7 +126,7 @@ def advise_base(
         if own.empty:
             notes.append("no run was trained from a base on domain text, so there is nothing to compare")
     arms = _arms(own) if len(own) else []
-    optimizer, batch = {"lr": PUBLISHED.finetune[1]}, {"sequences": 16, "context": WINDOW}
+    optimizer, batch = {"lr": PUBLISHED.finetune[1]}, None
     if arms and rows is not None:
         asked_for, base = base, str(own["base"].iloc[0])
         others = sorted({*rows.rows["base"].dropna()} - {base})
@@ -135,15 +135,17 @@ def advise_base(
         arm, decided, more = _decide(arms, own, rows, asked)
         ran = own[_is(own, arm)]
         optimizer = {"lr": float(ran["lr"].mode()[0]), **fields_of(usual(ran))}
-        batches = ran.reindex(columns=["sequences", "window"]).dropna().mode()
-        batch = dict(zip(batch, map(int, batches.iloc[0]), strict=True)) if len(batches) else batch
+        batch = usual_batch(ran)
         notes += [*more, *_far(own, decided, asked)]
     else:
         decided = _decision(REPLAY, 0.0, 0.0, asked, "published", _published(asked))
         notes += [] if asked.max_general_rise is None else [RISE_UNKNOWN]
-    if shape:
-        batch["context"] = min(batch["context"], shape.context)
-    recipe = _recipe(decided, asked, base, {"batch": batch, "optimizer": optimizer}, general, domain)
+    sequences, window = batch or (16, WINDOW)
+    fits = sequences, min(window, shape.context) if shape else window
+    steps = {"batch": batch_section(fits), "optimizer": optimizer}
+    unused = "the batch of the runs, which the learning rate belongs to, is not recorded" if arms else ""
+    says = "" if batch else batch_said(fits, unused)
+    recipe = with_comment(_recipe(decided, asked, base, steps, general, domain), says)
     return BaseAdvice(asked, base, decided, arms, notes, GENERAL_TEXT, recipe)
 
 

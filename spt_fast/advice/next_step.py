@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,20 +15,30 @@ import yaml
 
 from spt_fast.advice.result import Decision
 from spt_fast.config import BatchSize
+from spt_fast.errors import counted
 from spt_fast.model.presets import PRESETS
-from spt_fast.study.settings import fields_of, usual
+from spt_fast.quantities import amount
+from spt_fast.study.settings import fields_of, usual, usual_batch
 from spt_fast.study.usable import UsableRows
+
+Batch = tuple[int, int]
+"""Windows of a step, and tokens of a window."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Peak learning rates and the other optimizer fields, and their source."""
+    """Peak learning rates, the other optimizer fields and the batches that they were tuned with, and their source."""
 
     pretrain: float
     finetune: list[float]
     of: str
     pretrain_optimizer: Mapping[str, Any] = field(default_factory=lambda: {"weight_decay": 0.1})
     finetune_optimizer: Mapping[str, Any] = field(default_factory=lambda: {"weight_decay": 1e-7})
+    pretrain_batch: Batch | None = None
+    """None if it is unknown, or is for models of another size."""
+    finetune_batch: Batch | None = None
+    unused: str = ""
+    """Why the batch of the runs, if there are any, is not used."""
 
 
 PUBLISHED = Rates(4e-4, [1e-5, 4e-5, 1e-4], "the paper's, for 1B parameters (arXiv 2603.16177)")
@@ -37,17 +49,55 @@ ALIKE = 3.0
 def rates_of(table: UsableRows | None, runs_params: int | None, params: int | None, delta: float) -> Rates:
     """The rates of the runs of `runs_params` parameters if the model is within a factor of ALIKE of them, else the
     published ones. The pretraining rate is the best one of the share nearest to `delta`."""
-    if table is None or runs_params is None or not 1 / ALIKE <= (params or runs_params) / runs_params <= ALIKE:
+    if table is None or runs_params is None:
         return PUBLISHED
     done = pd.concat([table.rows.assign(beaten=False), table.left_out])
     runs = done[(done["params"] == runs_params) & done["handed_on"]].dropna(subset=["lr"])
     pretrain, finetune = runs[(runs["stage"] == 0) & ~runs["beaten"]], runs[runs["stage"] == 1]
     if pretrain.empty or finetune.empty:
         return PUBLISHED
+    batch = usual_batch(pretrain)
+    if not 1 / ALIKE <= (params or runs_params) / runs_params <= ALIKE:
+        what = "the batch" if batch is None else f"the batch of {_in_words(batch)} a step"
+        return replace(PUBLISHED, unused=f"{what} and the rates of the runs are for {amount(runs_params)} parameters")
     pretrain = pretrain[(pretrain["delta"] - delta).abs() == (pretrain["delta"] - delta).abs().min()]
     tried = sorted(map(float, finetune["lr"].unique()))
-    others = (fields_of(usual(rows)) for rows in (pretrain, finetune[~finetune["beaten"]]))
-    return Rates(float(pretrain["lr"].mode()[0]), tried, "the runs'", *others)
+    best = finetune[~finetune["beaten"]]
+    return Rates(
+        float(pretrain["lr"].mode()[0]),
+        tried,
+        "the runs'",
+        fields_of(usual(pretrain)),
+        fields_of(usual(best)),
+        usual_batch(pretrain),
+        usual_batch(best),
+        "" if batch else "the batch of the runs, which these rates belong to, is not recorded",
+    )
+
+
+def batch_said(default: Batch, unused: str = "") -> str:
+    """The comment on a batch that is not that of runs."""
+    before = f"{unused}; " if unused else ""
+    return f"{before}a step has {_in_words(default)} here: tune the learning rates for the batch that you train with"
+
+
+def with_comment(recipe: str, says: str) -> str:
+    """The recipe below a comment, if there is something to say."""
+    return "".join(f"# {line}\n" for line in textwrap.wrap(says, 78)) + recipe
+
+
+def batch_section(batch: Batch) -> dict[str, int]:
+    return dict(zip(("sequences", "context"), batch, strict=True))
+
+
+def _in_words(batch: Batch) -> str:
+    return f"{counted(batch[0], 'window')} of {counted(batch[1], 'token')}"
+
+
+def _fitted(batch: Batch | None, context: int) -> Batch:
+    """The batch with windows of at most `context` tokens and as many tokens in a step; the default if it is unknown."""
+    sequences, window = batch or (BatchSize().sequences, context)
+    return (sequences, window) if window <= context else (-(-sequences * window // context), context)
 
 
 def next_step(
@@ -63,11 +113,14 @@ def next_step(
     """The recipe as YAML. The tokenizer, and prefixes that are not given, are placeholders."""
     prefixes = {"general": str(general or "data/general"), "domain": str(domain or "data/domain")}
     late = round(budget * (1 - decision.domain_from)) if decision.domain_from else 0
+    known, context = (rates.pretrain_batch, rates.finetune_batch), PRESETS[preset]["context"]
+    batches = [_fitted(batch, context) for batch in known]
     phases: list[dict[str, Any]] = [
         {
             "name": "pretrain",
             "tokens": exact_count(budget - late),
             "mixture": _mixture(0 if late else decision.delta),
+            "batch": batch_section(batches[0]),
             "optimizer": {"lr": rates.pretrain, **rates.pretrain_optimizer},
             "schedule": {"name": "cosine", "warmup": "2%", "horizon": exact_count(budget)},
         }
@@ -86,9 +139,10 @@ def next_step(
         "name": "finetune",
         "tokens": exact_count(round(finetune_tokens)),
         "mixture": _mixture(decision.replay, of="general"),
+        "batch": batch_section(batches[1]),
         "untie": True,
         "optimizer": {"lr": rates.finetune[len(rates.finetune) // 2], **rates.finetune_optimizer},
-        "schedule": {"name": "constant", "warmup": _finetune_warmup(finetune_tokens, preset)},
+        "schedule": {"name": "constant", "warmup": _finetune_warmup(finetune_tokens, batches[1])},
         "stop": {"on": "domain"},
         "grid": {"lr": rates.finetune},
     }
@@ -99,12 +153,17 @@ def next_step(
         "sources": {name: {"train": prefix, "heldout": f"{prefix}.heldout"} for name, prefix in prefixes.items()},
         "phases": [*phases, finetune],
     }
-    return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=80)
+    comments = [] if all(known) else [batch_said(batches[0], rates.unused)]
+    for batch, fitted in zip(known, batches, strict=True):
+        if batch and batch != fitted:
+            comments.append(f"the runs' {_in_words(batch)} a step are {_in_words(fitted)} here, the model's context")
+    text = yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=80)
+    return with_comment(text, "; ".join(dict.fromkeys(comments)))
 
 
-def _finetune_warmup(tokens: float, preset: str) -> str:
+def _finetune_warmup(tokens: float, batch: Batch) -> str:
     """The published 50 steps, or 5% of a finetune for which those are more."""
-    steps = tokens / (BatchSize().sequences * PRESETS[preset]["context"])
+    steps = tokens / math.prod(batch)
     return "50 steps" if 0.05 * steps >= 50 else "5%"
 
 

@@ -43,6 +43,16 @@ def usual(runs: pd.DataFrame) -> dict[str, Any]:
     return dict(zip(SETTINGS[1:], [name, *map(float, numbers)], strict=True))
 
 
+def usual_batch(runs: pd.DataFrame) -> tuple[int, int] | None:
+    """The most frequent batch of the runs: windows of a step, and tokens of a window. None if it is not recorded, as in
+    tables of earlier versions."""
+    known = runs.reindex(columns=["sequences", "window"]).dropna()
+    if known.empty:
+        return None
+    sequences, window = known.value_counts(sort=False).idxmax()
+    return int(sequences), int(window)
+
+
 def fields_of(setting: Mapping[str, Any]) -> dict[str, Any]:
     """A setting as a recipe's section: the weight decay and all fields that are not defaults; empty if unknown."""
     if pd.isna(setting["optimizer"]):

@@ -20,10 +20,12 @@ import pandas as pd
 import pytest
 import yaml
 
+import spt_fast as spt
 from spt_fast import cli, laws
 from spt_fast.advice import advise as advising
 from spt_fast.advice import forecast
-from spt_fast.advice.next_step import exact_count, next_step
+from spt_fast.advice.next_step import exact_count, next_step, rates_of
+from spt_fast.advice.question import nearest_preset
 from spt_fast.advice.replay import costless, effects
 from spt_fast.advice.result import Decision, HeldOut
 from spt_fast.advice.words import effects_table, findings
@@ -503,6 +505,54 @@ def test_learning_rates_are_those_of_the_runs_if_the_model_is_about_as_large() -
         assert given["learning_rates"].startswith(of)
         assert recipe.phases[0].optimizer.lr == pretrain
         assert (recipe.phases[-1].grid or {})["lr"] == finetune
+
+
+@pytest.mark.parametrize(
+    ("size", "batches", "comment"),
+    [
+        (
+            PARAMS,
+            [(64, 1024), (16, 1024)],
+            "the runs' 32 windows of 2,048 tokens a step are 64 windows of 1,024",
+        ),
+        (3 * PARAMS, [(32, 2048), (8, 2048)], ""),
+        (4 * PARAMS, [(32, 2048), (32, 2048)], "the batch of 32 windows of 2,048 tokens a step and the rates of the"),
+    ],
+)
+def test_the_recipe_has_the_batch_that_its_rates_were_tuned_with_and_plans(
+    size: int, batches: list[tuple[int, int]], comment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that the model's windows are too short for keeps its tokens a step; the runs' 32 windows of 2,048 tokens
+    in pretraining and 8 in the finetune are not for a model of another size, which gets the published rates."""
+    table = read_table([STORED]).assign(window=2048.0)
+    table["sequences"] = np.where(table["stage"] == 0, 32.0, 8.0)
+    rates = rates_of(usable(table), PARAMS, size, 0.02)
+    decision = Decision("SPT", 0.02, "laws", epochs=1, replay=0, says="")
+    text = next_step(decision, preset=nearest_preset(size), budget=B, finetune_tokens=10**7, rates=rates)
+    Path(tmp_path / "recipe.yaml").write_text(text)
+    comments = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("#")]
+    assert " ".join(comments).startswith(comment)
+    assert bool(comments) == bool(comment)
+    for name in ("general", "domain", "general.heldout", "domain.heldout"):
+        write_dataset(tmp_path / "data" / name, len(name), 10_000, vocab=PRESETS["124m"]["vocab_size"])
+    monkeypatch.chdir(tmp_path)
+    recipe = spt.load_recipe("recipe.yaml", ["tokenizer=null"])
+    assert [(phase.batch.sequences, phase.batch.context) for phase in recipe.phases] == batches
+    steps = [figures.tokens // figures.steps for figures in spt.plan(recipe).phases]
+    assert steps == [sequences * window for sequences, window in batches]
+
+
+def test_a_recipe_says_that_the_batch_of_its_rates_is_unknown() -> None:
+    old = read_table([STORED])
+    decision = Decision("SPT", 0.02, "laws", epochs=1, replay=0, says="")
+    for table, says in (
+        (old, "# the batch of the runs, which these rates"),
+        (None, "# a step has 32"),
+    ):
+        rates = rates_of(None if table is None else usable(table), PARAMS, PARAMS, 0.02)
+        text = next_step(decision, preset="124m", budget=B, finetune_tokens=10**7, rates=rates)
+        assert text.startswith(says)
+        assert "  batch: {sequences: 32, context: 1024}\n" in text
 
 
 @pytest.mark.parametrize("delta", [1 / 49, 0.020833333333333332, 1 / 3, 0.05])
