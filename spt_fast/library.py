@@ -577,7 +577,7 @@ def generate(
 
     weights      a run, its weights/<phase>, a checkpoint or a Hugging Face folder
     prompts      one or several; an empty one begins a document
-    tokens       how many to draw after each prompt; fewer where the end-of-text token is drawn
+    tokens       how many to draw after each prompt; fewer where a token that ends a text is drawn
     temperature  0 takes the likeliest token each time
     top_k        draw only from this many likeliest tokens; None for all
     top_p        and from the likeliest tokens whose probabilities sum to this

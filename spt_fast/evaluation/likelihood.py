@@ -21,7 +21,7 @@ from spt_fast.model.generate import NOT_FINITE
 from spt_fast.model.gpt import GPT
 from spt_fast.progress import progress_of
 from spt_fast.train.precision import pick_dtype
-from spt_fast.train.release import tokenizer_for
+from spt_fast.train.release import ends_of, tokenizer_for
 from spt_fast.train.weights import load_model
 from spt_fast.train.world import pick_device
 
@@ -54,8 +54,8 @@ class TextModel:
     """A model that scores and continues text.
 
     context: tokens that it sees at most. bos: the id that every text begins with; None for none. If a context is empty,
-    the end-of-text id replaces it. batch: rows at a time; None for as many as fit. progress: show a bar on standard
-    error. SptError for a context that the model doesn't have.
+    the end-of-text id replaces it. stops: ids that end a text besides the end-of-text id. batch: rows at a time; None
+    for as many as fit. progress: show a bar on standard error. SptError for a context that the model doesn't have.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class TextModel:
         model: GPT,
         tokenizer: BaseTokenizer,
         *,
+        stops: Sequence[int] = (),
         context: int | None = None,
         batch: int | None = None,
         progress: bool = False,
@@ -81,7 +82,7 @@ class TextModel:
         if prefix is None:
             raise SptError("tokenizer: names no token that ends or begins a text; add it to its tokenizer_config.json")
         self._prefix = prefix
-        self.batch, self.progress = batch, progress
+        self.batch, self.progress, self._stops = batch, progress, [tokenizer.eos_id, *stops]
         self._model, self._tokenizer = model.eval().requires_grad_(False), tokenizer
 
     @classmethod
@@ -102,7 +103,7 @@ class TextModel:
         found.set_ends(None, bos)
         device = pick_device()
         model = load_model(weights).to(device=device, dtype=pick_dtype("auto", device))
-        return cls(model, found, context=context, batch=batch, progress=progress)
+        return cls(model, found, stops=ends_of(weights, found), context=context, batch=batch, progress=progress)
 
     @property
     def tokenizer_digest(self) -> str:
@@ -222,9 +223,10 @@ class TextModel:
                 argument=True,
             )
         rows = [(self.encode(context) or [self._prefix])[-(self.context - tokens) :] for context in contexts]
-        starts, eos, size = [*map(len, rows)], self._tokenizer.eos_id, self.batch or TEXTS_AT_A_TIME
+        starts, size = [*map(len, rows)], self.batch or TEXTS_AT_A_TIME
         named = self._tokenizer.named_tokens()
-        last = {eos, *(named[stop] for stop in until if stop in named)}  # special tokens may be invisible in the text
+        # Special tokens may be invisible in the text.
+        last = {*self._stops, *(named[stop] for stop in until if stop in named)}
         found: dict[int, str] = {}
         with progress_of(f"continue {len(rows):,} texts", len(rows), show=self.progress) as advance:
             for first in range(0, len(rows), size):
@@ -238,7 +240,7 @@ class TextModel:
                         top_k=top_k,
                         top_p=top_p,
                         seed=made,  # otherwise each part would repeat the draws of the first
-                        stop_id=eos,
+                        stop_id=self._stops,
                         vocab_size=self._tokenizer.vocab_size,
                     )
                     for i, row in zip(left, longer, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -41,10 +41,10 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    stop_id: int | None = None,
+    stop_id: int | Collection[int] | None = None,
     vocab_size: int | None = None,
 ) -> list[list[int]]:
-    """Each prompt and up to `new_tokens` more; a text ends early if `stop_id` is drawn.
+    """Each prompt and up to `new_tokens` more; a text ends early if `stop_id`, or one of them, is drawn.
 
     A token sees the last `context` tokens before it. While that is the whole text, keys and values are cached and a
     token costs one position; in a longer text every token costs a pass over `context` positions, with a warning.
@@ -74,11 +74,12 @@ def generate(
         raise SptError(invalid("seed", seed, "write a whole number of at most 64 bits"), argument=True)
     texts = [list(tokens) for tokens in prompts]
     generators = [torch.Generator().manual_seed(seed) for _ in texts]
+    stops = stop_id if isinstance(stop_id, Collection) else (stop_id,)
     reader, growing = _Reader(model, texts, new_tokens), list(range(len(texts)))
     for _ in range(new_tokens):
         for n, logits_V in reader.read(growing).items():
             texts[n].append(_draw(logits_V[:vocab_size].double().cpu(), temperature, top_k, top_p, generators[n]))
-        growing = [n for n in growing if texts[n][-1] != stop_id]
+        growing = [n for n in growing if texts[n][-1] not in stops]
         if not growing:
             break
     return texts

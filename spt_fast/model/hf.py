@@ -191,10 +191,13 @@ def carry(source: Path, folder: Path, only: Collection[str] | None = None) -> No
 
 def stop_ids(folder: Path) -> list[int]:
     """The ids at which transformers ends a text of the model in a folder, or of the base of a run there; empty if none
-    is stated. CheckpointError for a file that can't be read."""
+    is stated. CheckpointError for a file that can't be read, and for anything but ids in it."""
     for name in (GENERATION, BASE_CONFIG, CONFIG):
         if (folder / name).exists() and (ids := hf_config.read_json(folder / name).get("eos_token_id")) is not None:
-            return ids if isinstance(ids, list) else [ids]
+            found = ids if isinstance(ids, list) else [ids]
+            if not all(type(id_) is int for id_ in found):
+                raise CheckpointError(f"{folder / name}: {invalid('eos_token_id', ids, hf_config.AN_ID)}")
+            return found
     return []
 
 

@@ -28,6 +28,8 @@ CONFIG = "config.json"
 MAX_CHARACTERS = 50_000_000
 """Of config.json, or of the index of shards."""
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+AN_ID = "a token id, or a list of some"
+"""What each of them may be."""
 
 
 UNLIKE = {
@@ -182,7 +184,7 @@ def _check_fields(hf: Mapping[str, Any], family: Family, file: Path) -> None:
     for field in SPECIAL_IDS:
         ids = hf.get(field, 0)
         if not all(type(id_) is int for id_ in (ids if isinstance(ids, list) and ids else [ids])):
-            raise CheckpointError(f"{file}: {invalid(field, ids, 'a token id, or a list of some')}")
+            raise CheckpointError(f"{file}: {invalid(field, ids, AN_ID)}")
     read = {*FIELDS.values(), *family.written.values(), *family.unsaid, *ROPE, *WITHOUT_EFFECT}
     read |= {"sliding_window", "layer_types"} if family.windowed else set()
     read |= {"no_rope_layers", "no_rope_layer_interval"} if "no_rope_layers" in family.free else set()

@@ -357,7 +357,7 @@ class Trainer:
         rows = arm.plan.micro(self.world.size)
         losses, errors = measure_all(self.engine.loss, arm.texts, rows, self.asked_to_stop, self.world)
         record = {**self.position(arm, step), **more, **losses, "standard_errors": errors}
-        record |= samples(self.engine.logits, arm.texts["select"], arm.phase.evaluation.samples, self.plan.tokenizer)
+        record |= samples(self.engine.logits, arm.texts["select"], arm.phase, self.plan.tokenizer, self.folder)
         self.log.evaluation(record, self.state.total_steps)
         return Evaluation(step, losses, errors)
 

@@ -170,6 +170,13 @@ def outside_runs(folder: Path) -> Iterator[None]:
         yield
 
 
+def ends_of(weights: Path, tokenizer: BaseTokenizer) -> list[int]:
+    """The ids that end a text: the tokenizer's own, and those at which transformers ends a text of these weights."""
+    carrier = carrier_of(weights)
+    own = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    return own + (hf.stop_ids(carrier) if carrier else [])
+
+
 @dataclass(frozen=True)
 class Generated:
     """Generated text."""
@@ -179,7 +186,7 @@ class Generated:
     """The prompt and its continuation."""
     new_tokens: int
     ended: bool
-    """Whether the end-of-text token was drawn; `text` leaves it out."""
+    """Whether a token that ends a text was drawn; `text` leaves it out."""
 
 
 def generate_text(path: Path, prompt: str, tokens: int, *, tokenizer: str | Path | None = None, **sampling: Any) -> str:
@@ -194,10 +201,11 @@ def generate_texts(
     weights = chosen(path)
     encoding = tokenizer_for(weights, tokenizer)
     model, eos, waiting = load_model(weights).to(pick_device()), encoding.eos_id, iter(prompts)
+    ends = ends_of(weights, encoding)
     while batch := list(islice(waiting, AT_A_TIME)):
         before = [encoding.prompt(prompt) or ([] if eos is None else [eos]) for prompt in batch]
-        after = model.generate_batch(before, tokens, stop_id=eos, vocab_size=encoding.vocab_size, **sampling)
+        after = model.generate_batch(before, tokens, stop_id=ends, vocab_size=encoding.vocab_size, **sampling)
         for prompt, given, ids in zip(batch, before, after, strict=True):
-            ended = len(ids) > len(given) and ids[-1] == eos
+            ended = len(ids) > len(given) and ids[-1] in ends
             shown = ids[(encoding.bos_id is not None) if prompt else len(given) : len(ids) - ended]
             yield Generated(prompt, encoding.decode(shown, special=True), len(ids) - len(given), ended)

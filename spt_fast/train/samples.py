@@ -6,13 +6,17 @@ evaluation, and decoding is greedy: two evaluations differ only by the weights, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from itertools import takewhile
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from spt_fast.config import Phase
 from spt_fast.data.base_tokenizer import BaseTokenizer
+from spt_fast.model import hf
 from spt_fast.train.evaluate import EvalSet
 
 PROMPT_TOKENS = 32
@@ -20,23 +24,28 @@ NEW_TOKENS = 32
 
 
 def samples(
-    logits: Callable[[Tensor], Tensor], texts: Mapping[str, EvalSet], number: int, tokenizer: BaseTokenizer | None
+    logits: Callable[[Tensor], Tensor],
+    texts: Mapping[str, EvalSet],
+    phase: Phase,
+    tokenizer: BaseTokenizer | None,
+    run: Path,
 ) -> dict[str, dict[str, list[dict[str, str]]]]:
-    """Under "samples" by source `number` texts, {"prompt": …, "text": the continuation}; an end-of-text token ends one
-    early. Empty if none are requested.
+    """Under "samples" by source as many texts as the phase asks for, {"prompt": …, "text": the continuation}; an
+    end-of-text token or one at which the base of the run ends a text ends it early. Empty if none are requested.
 
     logits: tokens int64 [B, T] -> [B, T, V], of a model of at least the context that `texts` are cut for.
     """
+    number = phase.evaluation.samples
     if not number or tokenizer is None:
         return {}
-    found = {}
+    found, ends = {}, {tokenizer.eos_id, *hf.stop_ids(run)}
     for source, text in texts.items():
         prompts_BP = _prompts(text, number)
         P = prompts_BP.shape[1]
         new = min(NEW_TOKENS, text.stacks[0][0].shape[1] - 1 - P)
         ids_BT = _continued(logits, prompts_BP, new, tokenizer.vocab_size)
         found[source] = [
-            {"prompt": tokenizer.decode(ids[:P]), "text": tokenizer.decode(_until(ids[P:], tokenizer.eos_id))}
+            {"prompt": tokenizer.decode(ids[:P]), "text": tokenizer.decode(_until(ids[P:], ends))}
             for ids in ids_BT.tolist()
         ]
     return {"samples": found}
@@ -61,5 +70,5 @@ def _continued(logits: Callable[[Tensor], Tensor], prompts_BP: Tensor, new: int,
     return ids_BT
 
 
-def _until(ids: list[int], end: int | None) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids
+def _until(ids: list[int], ends: Collection[int | None]) -> list[int]:
+    return [*takewhile(lambda id_: id_ not in ends, ids)]

@@ -157,6 +157,7 @@ def test_stop_id_ends_the_text(model: GPT) -> None:
     text = model.generate([1], 40, temperature=3.0, seed=2)
     stop = text[5]
     assert model.generate([1], 40, temperature=3.0, seed=2, stop_id=stop) == text[: text.index(stop, 1) + 1]
+    assert model.generate([1], 40, temperature=3.0, seed=2, stop_id=[-1, stop]) == text[: text.index(stop, 1) + 1]
 
 
 def test_bad_arguments_are_refused(model: GPT) -> None:

@@ -13,7 +13,8 @@ import torch
 
 import spt_fast as spt
 from spt_fast import cli
-from spt_fast.errors import DataError
+from spt_fast.errors import CheckpointError, DataError
+from spt_fast.evaluation.likelihood import TextModel
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import release
 from spt_fast.train.prompts import read_prompts
@@ -60,6 +61,36 @@ def test_prompts_are_continued_as_each_alone(
     found: list[dict[str, Any]] = json.loads(said("--json"))
     assert found == [vars(one) for one in together]
     assert said() == "\n---\n\n".join(f"{text}\n" for text in alone)
+
+
+def test_the_settings_of_a_base_end_a_text_as_in_transformers(weights: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer, given = GPT.from_hf(weights), byte_tokenizer(0), b"ab"
+    model.untie()
+    with torch.no_grad():
+        model.get_parameter("head").copy_(torch.randn(257, 16, generator=torch.Generator().manual_seed(1)))
+    model.save_hf(weights, tokenizer)
+    whole = model.generate([*given], 9, temperature=0)[len(given) :]
+    assert len({*whole[:6], 256}) == 7
+    (before,) = release.generate_texts(weights, [given.decode()], 9, temperature=0)
+    assert not before.ended
+    (weights / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, whole[5]]}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(weights)
+    assert (
+        theirs.generate(torch.tensor([[*given]]), do_sample=False, max_new_tokens=9)[0, len(given) :].tolist()
+        == whole[:6]
+    )
+    (ended,) = release.generate_texts(weights, [given.decode()], 9, temperature=0)
+    assert (ended.text, ended.new_tokens, ended.ended) == (tokenizer.decode([*given, *whole[:5]]), 6, True)
+    ends = release.ends_of(weights, tokenizer)
+    asked = TextModel(model, tokenizer, stops=ends)
+    assert asked.continuations([given.decode()], [], 9) == [tokenizer.decode(whole[:5])]
+    assert TextModel.load(weights)._stops == asked._stops
+    (weights / "generation_config.json").write_text('{"eos_token_id": [256, "<end>"]}')
+    with pytest.raises(
+        CheckpointError, match=r"generation_config.json: eos_token_id: .* a token id, or a list of some"
+    ):
+        release.generate_text(weights, "ab", 1)
 
 
 @pytest.mark.parametrize(

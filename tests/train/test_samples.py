@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from spt_fast.config import recipe_from
+from spt_fast.config import EvalSettings, recipe_from
 from spt_fast.data.heldout import heldout_stretches, tokens_in
 from spt_fast.data.shards import TokenDataset
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
 from spt_fast.errors import RecipeError
 from spt_fast.model.gpt import GPT
+from spt_fast.train.evaluate import EvalSet
 from spt_fast.train.plan import make_plan
 from spt_fast.train.resume import refused
 from spt_fast.train.run import run
+from spt_fast.train.samples import samples
 from tests import tiny
 from tests.train.test_loop import StopAfter, weights
 
@@ -84,6 +89,18 @@ def test_samples_are_kept_shown_and_tracked_and_change_nothing(
     written = model.generate(begin.tolist(), 8, temperature=0, vocab_size=tokenizer.vocab_size)[len(begin) :]
     ends = [i for i, token in enumerate(written) if token == tokenizer.eos_id] or [8]
     assert sample["text"] == tokenizer.decode(written[: ends[0]])
+
+
+def test_the_base_of_a_run_ends_a_sample(raw: dict[str, Any], tmp_path: Path) -> None:
+    def counting(ids_BT: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(ids_BT + 1, 280)
+
+    tokenizer, texts = Tokenizer.load(raw["tokenizer"]), {"chem": EvalSet([(np.arange(100, 117)[None], None)])}
+    phase = replace(tiny.phase(), evaluation=EvalSettings(samples=1))
+    for stops, expected in (([], range(108, 116)), ([256, 110], [108, 109])):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+        (made,) = samples(counting, texts, phase, tokenizer, tmp_path)["samples"]["chem"]
+        assert made == {"prompt": tokenizer.decode(range(100, 108)), "text": tokenizer.decode(expected)}
 
 
 def test_samples_take_a_tokenizer_and_heldout_text(raw: dict[str, Any]) -> None:
