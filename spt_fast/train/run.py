@@ -29,6 +29,7 @@ from spt_fast.train.introduction import Resumed
 from spt_fast.train.loop import Trainer
 from spt_fast.train.origin import carrier_of, tokenizer_file
 from spt_fast.train.plan import Plan, make_plan, not_the_same, recorded_texts
+from spt_fast.train.recorded import Recorded
 from spt_fast.train.resume import changes, refused, rounding, shape_of
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.state import SavedState
@@ -106,6 +107,8 @@ def _train(recipe: Recipe, folder: Path, world: World, *, resume: bool, verify: 
 
 
 def print_summary(recipe: Recipe, summary: Mapping[str, Any], console: Console) -> None:
+    """Print a finished run's summary. CheckpointError for one that is damaged, or of another recipe."""
+    summary = Recorded.of(summary, Path(recipe.run) / "summary.json")
     rows = [
         [phase, done["steps"], done["tokens"], source, done["epochs"].get(source, 0.0), done["heldout"].get(source)]
         for phase, done in summary["phases"].items()
@@ -115,7 +118,7 @@ def print_summary(recipe: Recipe, summary: Mapping[str, Any], console: Console) 
     for phase in recipe.phases:
         arms, done = phase.arms(), summary["phases"].get(phase.name)
         if done and len(arms) > 1:
-            values = ", ".join(f"{key} {value}" for key, value in arms[done["arm"]].items())
+            values = ", ".join(f"{key} {value}" for key, value in arms[done.arm_of(phase)].items())
             print_note(
                 console, f"{phase.name}: the best of its grid is {values}, by the select loss of {phase.chosen_by}"
             )

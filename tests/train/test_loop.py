@@ -597,6 +597,12 @@ def test_the_summary_of_a_run_without_held_out_text_is_printed(data: Path, capsy
     said = capsys.readouterr().out
     assert re.search(r"pretrain .* 20 .* 5,120 .* general .* 0\.25 .* n/a", said)
     assert "grid" not in said, "of one value nothing was chosen"
+    raw["phases"][0] |= {"grid": {"lr": [1e-3, 1e-2]}}
+    damaged = (
+        rf"^{data / 'unscored' / 'summary.json'}: is damaged \(`phases.pretrain.arm` is 7, but there are 2\); delete"
+    )
+    with pytest.raises(CheckpointError, match=damaged):
+        print_summary(recipe_from(raw), {"phases": {"pretrain": done | {"arm": 7}}, "skipped_steps": 0}, terminal())
 
 
 @pytest.mark.parametrize("lost", ["a line", "half a line", "everything"])
