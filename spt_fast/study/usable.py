@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_hashable
 
 from spt_fast.errors import DataError, invalid, some
 from spt_fast.laws.columns import ALIKE, SHARE, check, require_columns
@@ -26,6 +27,15 @@ NUMBERS = (
     *(name for name in SETTING_NUMBERS if name not in ("lr", "clip")),
 )
 NEEDED = ("run", "after", "status", "start", "handed_on", *ALIKE, *NUMBERS)
+TEXT = (
+    *("run", "after", "status", "start", *ALIKE),
+    "base",
+    "optimizer",
+    "grid",
+    "other",
+    "domain_text",
+    "general_text",
+)
 IN_EVERY_ROW = ("run", "status")
 IN_FINISHED_RUNS = ("stage", "params", "seed", "domain_tokens", "handed_on")
 PRETRAINING = ["pretrain_tokens", "pretrain_delta"]
@@ -58,7 +68,7 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
     """
     if isinstance(table, UsableRows):
         return table
-    table = _check_columns(table).drop_duplicates(ignore_index=True)
+    table = _without_repeats(_check_columns(table))
     notes: list[str] = []
     failed = table["status"] != "done"
     if failed.any():
@@ -126,10 +136,26 @@ def _check_columns(table: pd.DataFrame) -> pd.DataFrame:
                 f"{name} is missing in {lacks.sum()} of {len(table)} rows of the runs table (the first is row "
                 f"{lacks.argmax()}); fill it in, or leave these rows out"
             )
+    for name in (name for name in TEXT if name in table):
+        if (wrong := _unhashable(table[name])).any():
+            expected = "a column of the runs table holds text or numbers there"
+            raise DataError(invalid(name, table[name][wrong].iloc[0], expected))
     other = table["handed_on"][done & ~table["handed_on"].isin([True, False])]
     if len(other):
         raise DataError(invalid("handed_on", other.iloc[0], "a row of the runs table has True or False there"))
     return table.assign(handed_on=table["handed_on"].astype(bool))
+
+
+def _without_repeats(table: pd.DataFrame) -> pd.DataFrame:
+    """The table without rows that are there twice. Other columns than ours may hold lists or dicts, which are not
+    compared."""
+    compared = [not any(_unhashable(column)) for _, column in table.items()]
+    return table[~table.loc[:, compared].duplicated()].reset_index(drop=True)
+
+
+def _unhashable(column: pd.Series) -> pd.Series:
+    """Whether each value is a list, a dict or the like."""
+    return ~column.map(is_hashable) if column.dtype == object else pd.Series(False, index=column.index)
 
 
 def numbers(column: pd.Series) -> pd.Series:

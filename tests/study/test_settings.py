@@ -18,7 +18,7 @@ from rich.console import Console
 
 from spt_fast.advice.advise import advise
 from spt_fast.config import Phase
-from spt_fast.errors import RecipeError
+from spt_fast.errors import DataError, RecipeError
 from spt_fast.fields import build
 from spt_fast.files import write_text
 from spt_fast.optimizers import OPTIMIZERS
@@ -222,6 +222,19 @@ def test_laws_and_advice_use_the_best_setting_of_each_arm(tried: pd.DataFrame) -
 def test_pretraining_without_a_finetune_of_every_run_is_judged_by_its_own_loss(tried: pd.DataFrame) -> None:
     rows = tried[(tried["stage"] == 0) | (tried["weight_decay"] == 1)]
     assert set(usable(rows).rows["weight_decay"]) == {0.1}
+
+
+@pytest.mark.parametrize("value", [["a", "list"], {"a": "dict"}, np.ones(2)])
+def test_values_that_are_no_scalars_are_allowed_in_other_columns_and_refused_in_ours(
+    tried: pd.DataFrame, value: Any
+) -> None:
+    more = tried.assign(notes=[value] * len(tried))
+    assert len(usable(pd.concat([more, more])).rows) == len(usable(tried).rows)
+    for name in ("run", "tokenizer", "optimizer"):
+        with pytest.raises(
+            DataError, match=f"^{name}: .* is invalid: a column of the runs table holds text or numbers"
+        ):
+            usable(tried.assign(**{name: [value] * len(tried)}))
 
 
 def test_tables_of_earlier_versions_are_read_as_before(tried: pd.DataFrame, tmp_path: Path) -> None:
