@@ -168,7 +168,9 @@ def _write_recipes(study: Study, runs: Sequence[PlannedRun]) -> dict[str, Path]:
 def workers_of(study: Study, jobs: int | None, cluster: str | None, options: Sequence[str]) -> Workers:
     """The workers of a study, `jobs` at a time: this machine, or the cluster that submitit knows by that name."""
     if options and cluster is None:
-        raise RecipeError(invalid("cluster_set", options[0], "it is for a cluster; add `cluster=slurm`"), argument=True)
+        raise RecipeError(
+            invalid("cluster_options", options[0], "it is for a cluster; add `cluster=slurm`"), argument=True
+        )
     runs = len(expand(study))
     if cluster is None:
         return Local(runs, jobs)
@@ -181,8 +183,14 @@ def cluster_options(given: Sequence[str]) -> dict[str, Any]:
     for option in given:
         key, separator, value = option.partition("=")
         if not separator:
-            raise RecipeError(invalid("cluster_set", option, "write KEY=VALUE, such as timeout_min=600"), argument=True)
-        options[key.strip()] = parse_yaml(value, f"cluster_set: {key.strip()}")
+            raise RecipeError(
+                invalid("cluster_options", option, "write KEY=VALUE, such as timeout_min=600"), argument=True
+            )
+        try:
+            options[key.strip()] = parse_yaml(value, f"cluster_options: {key.strip()}")
+        except RecipeError as error:
+            error.argument = True
+            raise
     return options
 
 

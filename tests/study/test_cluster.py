@@ -9,11 +9,14 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
+import typer
 from rich.console import Console
 
+from spt_fast.cli import app
+from spt_fast.cli.flags import flags_of, in_flags
 from spt_fast.errors import RecipeError
 from spt_fast.study import cluster as clusters
 from spt_fast.study.cluster import Cluster
@@ -114,10 +117,14 @@ def test_a_run_saves_when_its_job_is_terminated(tmp_path: Path) -> None:
 def test_unknown_clusters_and_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cluster: 'lsf' is invalid"):
         Cluster("lsf", tmp_path, jobs=1, options={})
-    with pytest.raises(RecipeError, match="cluster_set: 'timeout' is invalid: write KEY=VALUE"):
+    with pytest.raises(RecipeError, match="cluster_options: 'timeout' is invalid: write KEY=VALUE"):
         cluster_options(["timeout"])
+    commands: Any = typer.main.get_command(app)
+    with pytest.raises(RecipeError, match="cluster_options: nodes: is not valid YAML") as refused:
+        cluster_options(["nodes=]"])
+    assert in_flags(refused.value, flags_of(commands.commands["sweep"])).startswith("--cluster-set: nodes: is not")
     assert cluster_options(["timeout_min=600", "slurm_partition=gpu"]) == {"timeout_min": 600, "slurm_partition": "gpu"}
     with pytest.raises(
-        RecipeError, match="cluster_set: 'timeout_min=600' is invalid: it is for a cluster; add `cluster"
+        RecipeError, match="cluster_options: 'timeout_min=600' is invalid: it is for a cluster; add `cluster"
     ):
         workers_of(cast(Study, None), None, None, ["timeout_min=600"])
