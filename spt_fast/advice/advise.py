@@ -21,7 +21,7 @@ from spt_fast.advice.bases import BaseAdvice, advise_base, of_bases
 from spt_fast.advice.evidence import Evidence, gather
 from spt_fast.advice.next_step import next_step, rates_of
 from spt_fast.advice.prior import FINETUNE_EPOCHS, SCPT_LAST, Prior, outside, prior
-from spt_fast.advice.question import NO_GENERAL, RISE_UNKNOWN, Size, ask, nearest_preset, size_of
+from spt_fast.advice.question import NO_GENERAL, NO_GENERAL_BEFORE, RISE_UNKNOWN, Size, ask, nearest_preset, size_of
 from spt_fast.advice.result import (
     Advice,
     Arm,
@@ -190,7 +190,8 @@ def _limit(evidence: Evidence, max_general_rise: float | None) -> float | None:
         return None
     general = evidence.general()
     if not general:
-        raise DataError(NO_GENERAL, argument=True)
+        measured = evidence.rows["general_heldout"].notna().any()
+        raise DataError(NO_GENERAL_BEFORE if measured else NO_GENERAL, argument=True)
     return (1 + max_general_rise) * min(before for before, _ in general.values())
 
 

@@ -21,7 +21,7 @@ import yaml
 
 from spt_fast.advice.next_step import PUBLISHED, batch_said, batch_section, exact_count, with_comment
 from spt_fast.advice.prior import FACTS, REPLAY, outside, progress_lost
-from spt_fast.advice.question import NO_GENERAL, RISE_UNKNOWN, ask, size_of
+from spt_fast.advice.question import NO_GENERAL, NO_GENERAL_BEFORE, RISE_UNKNOWN, ask, size_of
 from spt_fast.advice.result import Asked, Ended
 from spt_fast.advice.support import NEAR, beyond
 from spt_fast.errors import DataError, some
@@ -214,7 +214,7 @@ def _decide(
     before, rise, notes = float(own["general_before"].mean()), asked.max_general_rise, []
     measured = [arm for arm in arms if arm.general]
     if rise is not None and not (measured and math.isfinite(before)):
-        raise DataError(NO_GENERAL, argument=True)
+        raise DataError(NO_GENERAL_BEFORE if measured else NO_GENERAL, argument=True)
     if not measured:
         chosen, why = arms[0], "the lowest domain loss; the general loss was not measured"
     elif rise is None:

@@ -13,6 +13,10 @@ from spt_fast.model.gpt import GPTConfig
 from spt_fast.model.presets import PRESETS
 
 NO_GENERAL = "max_general_rise: these runs have no general losses; set `heldout` of the general source"
+NO_GENERAL_BEFORE = (
+    "max_general_rise: these runs have no general losses before the finetune, from which a rise is counted; fill in "
+    "`general_before` in their table"
+)
 RISE_UNKNOWN = "max_general_rise is not used: how far the general loss rises on your text is known from runs only"
 
 

@@ -626,8 +626,12 @@ def test_one_pair_of_finetunes_gives_no_error_of_the_effect() -> None:
 
 
 def test_a_limit_needs_general_losses(one_budget: pd.DataFrame) -> None:
-    with pytest.raises(DataError, match="have no general losses"):
-        asked(one_budget.assign(general_heldout=np.nan, general_before=np.nan), max_general_rise=0.1)
+    for missing, says in (
+        (["general_heldout", "general_before"], "; set"),
+        (["general_before"], " before the finetune"),
+    ):
+        with pytest.raises(DataError, match=f"have no general losses{says}"):
+            asked(one_budget.assign(**dict.fromkeys(missing, np.nan)), max_general_rise=0.1)
 
 
 @pytest.mark.filterwarnings("ignore::spt_fast.laws.IdentificationWarning")

@@ -156,15 +156,23 @@ def test_with_a_limit_the_lowest_domain_loss_within_it_is_advised_or_else_the_lo
 def test_a_limit_needs_general_losses_and_no_loss_is_called_nan() -> None:
     table, asked = table_of("a"), {"domain_tokens": 3 * M, "budget": 20 * M}
     of_general = ["general_heldout", "general_before"]
-    for missing, says in (
-        (of_general, "the lowest domain loss; the general loss was not measured; domain loss 1.8020"),
-        (of_general[1:], "the lowest general loss of the arms that end within 1% of the lowest domain loss"),
+    for missing, says, refused in (
+        (
+            of_general,
+            "the lowest domain loss; the general loss was not measured; domain loss 1.8020",
+            "; set `heldout`",
+        ),
+        (
+            of_general[1:],
+            "the lowest general loss of the arms that end within 1% of",
+            " before the finetune, from which",
+        ),
     ):
         unmeasured = table.assign(**dict.fromkeys(missing, np.nan))
         told = advise_base(**asked, table=unmeasured).decision.says
         assert says in told
         assert "nan" not in told
-        with pytest.raises(DataError, match="max_general_rise: these runs have no general losses"):
+        with pytest.raises(DataError, match=f"max_general_rise: these runs have no general losses{refused}"):
             advise_base(**asked, table=unmeasured, max_general_rise=0.03)
 
 
