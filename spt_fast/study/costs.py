@@ -83,23 +83,23 @@ def _sum(hours: Sequence[float | None]) -> float | None:
 
 
 def price(
-    study: Study, *, jobs: int | None, gpu: str | None, mfu: float | None, per_gpu_hour: float | None
+    study: Study,
+    *,
+    jobs: int | None = None,
+    gpu: str | None = None,
+    mfu: float | None = None,
+    per_gpu_hour: float | None = None,
 ) -> StudyPrice:
-    """The price of a study's remaining runs, on this machine or on the given GPU; see `costs`."""
-    runs = len(expand(study))
-    at_a_time = Local(runs, jobs).jobs if gpu is None else min(jobs or 1, runs)
-    stages, longest_hours, sources = _priced(study, jobs=at_a_time, gpu=gpu, mfu=mfu)
-    return StudyPrice(stages, at_a_time, per_gpu_hour, longest_hours, "; ".join(sources) or None)
-
-
-def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None = None) -> list[Cost]:
-    """The remaining work by stage, at the speed of this machine (that of finished runs, else of a step that is timed
-    now), or of the given GPU and share of its peak.
+    """The price of a study's remaining runs, at the speed of this machine (that of finished runs, else of a step that
+    is timed now), or of the given GPU and share of its peak.
 
     Opens every dataset and checks every recipe, so that errors are found before the training. Raises what `make_plan`
     raises.
     """
-    return _priced(study, jobs=jobs, gpu=gpu, mfu=mfu)[0]
+    runs = len(expand(study))
+    at_a_time = Local(runs, jobs).jobs if gpu is None else min(jobs or 1, runs)
+    stages, longest_hours, sources = _priced(study, jobs=at_a_time, gpu=gpu, mfu=mfu)
+    return StudyPrice(stages, at_a_time, per_gpu_hour, longest_hours, "; ".join(sources) or None)
 
 
 def _priced(

@@ -18,7 +18,7 @@ from spt_fast.data.tokenizer import train_tokenizer
 from spt_fast.errors import DataError, RecipeError, SptWarning
 from spt_fast.fields import parse_yaml
 from spt_fast.quantities import duration
-from spt_fast.study.costs import costs
+from spt_fast.study import costs
 from spt_fast.study.load import load_study
 from spt_fast.train.plan import make_plan
 from spt_fast.train.price import Machine, price, speed_of
@@ -106,7 +106,7 @@ def test_text_becomes_a_recipe_that_can_be_planned_and_a_study_that_can_be_price
     assert not [warning for warning in priced.warnings if "takes longer" in warning], priced.warnings
     assert recipe.phases[0].schedule.warmup.amount > 0
     study = load_study(begun["study"])
-    assert sum(cost.runs for cost in costs(study, jobs=1, gpu="H100", mfu=0.4)) > 10
+    assert sum(cost.runs for cost in costs.price(study, jobs=1, gpu="H100", mfu=0.4).stages) > 10
     assert study.domain == "my chem"
     with pytest.raises(RecipeError, match=r"^out: \S+recipe.yaml exists; choose another folder"):
         starter.begin(general, domain, out)

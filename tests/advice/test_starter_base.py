@@ -25,7 +25,7 @@ from spt_fast.model.config import GPTConfig
 from spt_fast.model.gpt import GPT
 from spt_fast.model.memory import Step
 from spt_fast.model.presets import PRESETS
-from spt_fast.study.costs import costs
+from spt_fast.study.costs import price
 from spt_fast.study.load import load_study
 from spt_fast.train.run import run
 from tests import hf_tokenizers
@@ -77,7 +77,7 @@ def test_a_base_becomes_a_recipe_that_passes_a_dry_run_and_a_study_that_can_be_p
         data = TokenDataset.open(source.train)
         assert (data.eos_id, data.bos_id) == tuple(map(tokenizer.token_to_id, (hf_tokenizers.EOS, hf_tokenizers.BOS)))
     study = load_study(said["study"])
-    (cost,) = costs(study, jobs=1, gpu="H100", mfu=0.4)
+    (cost,) = price(study, jobs=1, gpu="H100", mfu=0.4).stages
     assert cost.runs == 3 * 2 * 2 * 2
     assert study.domain_tokens[0] == pytest.approx(phase.tokens / 5 / 8, rel=0.1)
 

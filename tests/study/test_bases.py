@@ -17,7 +17,7 @@ from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.model.flops import parameters
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.study.compare import compare
-from spt_fast.study.costs import costs
+from spt_fast.study.costs import price
 from spt_fast.study.load import load_study
 from spt_fast.study.runs_table import table_of
 from spt_fast.study.study import study_from
@@ -98,7 +98,7 @@ def test_runs_of_a_study_that_differ_in_their_average_are_trained_once(folder: P
     assert sorted(ends["average"]) == [0.0, 0.1, 0.25]
     assert ends["domain_heldout"].nunique() == 3
     assert table.loc[table["stage"] == 2, "after"].nunique() == 3
-    assert {cost.tokens for cost in costs(study, jobs=1, mfu=0.4)} == {0}
+    assert {cost.tokens for cost in price(study, jobs=1, mfu=0.4).stages} == {0}
     grown = study_from(raw(folder, **models, stages=[stage | {"average": [0, "10%", "25%", "50%"]}]))
     sweep(grown, Console(file=io.StringIO()), workers=workers)
     assert workers.trained[4:] == [run.name for run in expand(grown)[-1:]], "the weights that it would share are gone"

@@ -11,7 +11,7 @@ import pytest
 
 from spt_fast.errors import DataError, RecipeError, SptWarning
 from spt_fast.study.compare import compare
-from spt_fast.study.costs import costs
+from spt_fast.study.costs import price
 from spt_fast.study.load import load_study
 from spt_fast.study.runs_table import CONTENT, read_table, save_table
 from spt_fast.study.usable import usable
@@ -105,10 +105,10 @@ def test_a_study_whose_text_was_replaced_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     tiny.write_corpora(Path())
     study = load_study("study/study.yaml")
-    assert [cost.done for cost in costs(study, jobs=1, gpu="H100", mfu=0.5)] == [4, 8]
+    assert [cost.done for cost in price(study, jobs=1, gpu="H100", mfu=0.5).stages] == [4, 8]
     tiny.write_dataset(Path("chem.heldout"), 7, 700)
     with pytest.raises(RecipeError, match=r"study: sources\.chem\.heldout holds other text than .* was trained on"):
-        costs(study, jobs=1)
+        price(study, jobs=1)
     tiny.write_corpora(Path())
     child = next(Path("study/runs").glob("*finetune*"))
     summary = json.loads((child / "summary.json").read_text())
@@ -118,4 +118,4 @@ def test_a_study_whose_text_was_replaced_is_refused(tmp_path: Path, monkeypatch:
     weights.mkdir(parents=True)
     (weights / "model.safetensors").write_text("retrained")
     with pytest.raises(RecipeError, match=r"study: .*weights.* holds other weights than .*finetune.* was trained from"):
-        costs(study, jobs=1)
+        price(study, jobs=1)

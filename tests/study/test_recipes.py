@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spt_fast.study.costs import costs
+from spt_fast.study.costs import price
 from spt_fast.study.load import load_study
 from spt_fast.study.study import Base
 from tests.tiny import write_dataset
@@ -43,6 +43,6 @@ def test_every_recipe_of_the_benchmarks_can_be_priced(tmp_path: Path, monkeypatc
         assert not any(isinstance(model, Base) for model in study.models or ())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # stand-ins have little held-out text
-            found = costs(study, jobs=1, gpu="H100", mfu=0.1)
+            found = price(study, jobs=1, gpu="H100", mfu=0.1).stages
         assert [cost.runs for cost in found] == RUNS.get(name, [cost.runs for cost in found])
         assert all(cost.tokens and cost.flops and cost.hours for cost in found)

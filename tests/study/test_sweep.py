@@ -29,7 +29,7 @@ from spt_fast.locks import InUse
 from spt_fast.study import jobs
 from spt_fast.study import sweep as sweeping
 from spt_fast.study.compare import compare
-from spt_fast.study.costs import _speed, costs, price, print_price
+from spt_fast.study.costs import _speed, price, print_price
 from spt_fast.study.jobs import Outcome
 from spt_fast.study.load import load_study
 from spt_fast.study.runs_table import COLUMNS, read_table
@@ -199,7 +199,7 @@ def test_an_edited_study_is_refused_before_anything_is_trained(swept: tuple[Path
     logs = {path: path.stat().st_mtime_ns for path in folder.glob("logs/*")}
     raw = raw_study(folder.parent, seeds=[0, 1])
     raw["stages"][0]["budgets"].insert(0, 5 * STEP)
-    for what in (lambda: costs(study_from(raw), jobs=1), lambda: sweep(study_from(raw), quiet())):
+    for what in (lambda: price(study_from(raw), jobs=1), lambda: sweep(study_from(raw), quiet())):
         with pytest.raises(
             RecipeError, match=r"study: .*another recipe; undo this(.|\n)*phases\.0\.tokens: 1280 → 640"
         ):
@@ -223,14 +223,17 @@ def test_flags_of_ready_studies_are_refused_for_others(tmp_path: Path) -> None:
 
 def test_costs_are_those_of_the_remaining_runs(swept: tuple[Path, pd.DataFrame]) -> None:
     raw = raw_study(swept[0].parent)
-    assert [(cost.runs, cost.done, cost.tokens) for cost in costs(study_from(raw), jobs=2)] == [(2, 2, 0), (4, 4, 0)]
+    assert [(cost.runs, cost.done, cost.tokens) for cost in price(study_from(raw), jobs=2).stages] == [
+        (2, 2, 0),
+        (4, 4, 0),
+    ]
     raw["seeds"] = 2
-    pretrain, finetune = costs(study_from(raw), jobs=2)
+    pretrain, finetune = price(study_from(raw), jobs=2).stages
     assert (pretrain.runs, pretrain.done, pretrain.tokens) == (4, 2, 2 * 20 * STEP)
     assert (finetune.runs, finetune.done, finetune.tokens) == (8, 4, 4 * 2 * 16 * STEP // 4)
     assert pretrain.hours is not None
     assert pretrain.hours > 0
-    h100 = costs(study_from(raw), jobs=1, gpu="H100", mfu=0.5)[0]
+    h100 = price(study_from(raw), jobs=1, gpu="H100", mfu=0.5).stages[0]
     assert h100.hours == pytest.approx(h100.flops / (0.5 * 989.4e12) / 3600, rel=1e-3)
 
 
@@ -324,7 +327,7 @@ def test_arms_from_scratch_and_from_embeddings_are_marked_in_the_table(tmp_path:
     raw = raw_study(tmp_path)
     raw["stages"][0] |= {"delta": 0, "budgets": [10 * STEP]}
     raw["stages"][1] |= {"start": ["pretrained", "scratch", "embeddings", "frozen embeddings"], "untie": True}
-    assert [cost.runs for cost in costs(study_from(raw), jobs=1)] == [1, 4]
+    assert [cost.runs for cost in price(study_from(raw), jobs=1).stages] == [1, 4]
     table, outcome = sweep(study_from(raw), quiet(), workers=HereAlone())
     assert not outcome.failed
     tunes = table[table["delta"] == 1]
@@ -353,7 +356,7 @@ def test_likely_mistakes_in_a_stage_are_warned_of_before_training(
     monkeypatch.setattr(sweeping, "train_all", lambda *jobs, **how: Outcome())
     raw = raw_study(tmp_path)
     raw["stages"][1]["eval"] = {"every": "1 step", "tokens": 400}
-    for work in (lambda: costs(study_from(raw), jobs=1), lambda: sweep(study_from(raw), quiet())):
+    for work in (lambda: price(study_from(raw), jobs=1), lambda: sweep(study_from(raw), quiet())):
         with pytest.warns(SptWarning) as said:
             work()
         lines = [str(warning.message) for warning in said]
@@ -382,7 +385,7 @@ def test_a_corpus_smaller_than_requested_is_refused_before_training(tmp_path: Pa
     with pytest.raises(RecipeError, match=message):
         sweep(study_from(raw), quiet())
     with pytest.raises(RecipeError, match=message):
-        costs(study_from(raw), jobs=1)
+        price(study_from(raw), jobs=1)
     assert not (tmp_path / "study" / "runs").exists()
 
 
