@@ -100,10 +100,6 @@ class Base:
             remedy = "leave it out" if own else "name the original one"
             says = f"the weights at {given} were trained with another one; {remedy}"
             raise RecipeError(invalid("tokenizer", str(tokenizer), says), argument=True)
-        if loaded.vocab_size > config.vocab_size:
-            says = f"it has {loaded.vocab_size:,} ids, the weights at {given} only {config.vocab_size:,}"
-            remedy = "name the original one"
-            raise RecipeError(invalid("tokenizer", str(tokenizer or own), f"{says}; {remedy}"), argument=True)
         origin = origin_of(weights)
         if origin.eos_id is not None:
             loaded.eos_id, loaded.bos_id = origin.eos_id, origin.bos_id
@@ -115,6 +111,12 @@ class Base:
                 "`spt-fast prepare --eos TOKEN`, and give the prefixes of the datasets",
                 argument=True,
             )
+        if doubt := loaded.beyond(config.vocab_size):
+            source = str(tokenizer or own)
+            if max(loaded.eos_id, loaded.bos_id or 0) >= config.vocab_size:
+                says = f"its token that ends or begins documents has no row in the weights at {given}"
+                raise RecipeError(invalid("tokenizer", source, f"{says}; name the original one"), argument=True)
+            warnings.warn(f"tokenizer: {source} {doubt}", SptWarning, stacklevel=2)
         return cls(given, config, loaded)
 
     @property

@@ -17,6 +17,9 @@ from spt_fast.errors import DataError, invalid, nearest
 MOST_IDS = 1 << 24
 """Limit on a tokenizer's ids: an embedding has a row for each."""
 
+WITHOUT_ROW = "leave such tokens out, or add rows with transformers' resize_token_embeddings"
+"""What to do with tokens for which weights have no row."""
+
 # tiktoken's regex engine overflows its stack in runs of some 500,000 spaces: longer text is encoded in pieces, cut
 # between a letter or digit and the white space or punctuation after it, where every known pattern cuts as well.
 PIECE_CHARS = 100_000
@@ -70,6 +73,16 @@ class BaseTokenizer(ABC):
         """Ids of a text that begins a document."""
         return [*([] if self.bos_id is None else [self.bos_id]), *self.encode(text)]
 
+    def beyond(self, rows: int) -> str | None:
+        """A doubt about ids that an embedding of so many rows lacks; None if there are no such ids."""
+        ids = range(rows, self.vocab_size)
+        if not ids:
+            return None
+        names = ", ".join(f"{id_} ({self.decode([id_], special=True)!r})" for id_ in ids[:3])
+        more = f" and {len(ids) - 3:,} more" if len(ids) > 3 else ""
+        says = f"has ids beyond the {rows:,} rows of the weights, {names}{more}"
+        return f"{says}; text that holds one is refused: {WITHOUT_ROW}"
+
     def set_ends(self, eos: str | None, bos: str | None) -> None:
         """Set the tokens that end and begin each document, by name. DataError for an unknown one."""
         if eos is not None:
@@ -83,6 +96,13 @@ class BaseTokenizer(ABC):
             expected = f"name a token of the tokenizer; {nearest(token, known)}"
             raise DataError(invalid(argument, token, expected), argument=True)
         return known[token]
+
+
+def check_rows(tokenizer: BaseTokenizer, ids: Iterable[int], rows: int) -> None:
+    """DataError for an id of a text for which an embedding of so many rows has none."""
+    if (id_ := max(ids, default=0)) >= rows:
+        token = tokenizer.decode([id_], special=True)
+        raise DataError(f"text holds {token!r}, id {id_}, but the weights have rows for {rows:,} ids: {WITHOUT_ROW}")
 
 
 def pieces(text: str) -> Iterator[str]:

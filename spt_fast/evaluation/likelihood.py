@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from spt_fast.data.base_tokenizer import BaseTokenizer
+from spt_fast.data.base_tokenizer import BaseTokenizer, check_rows
 from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.errors import SptError, SptWarning, invalid
 from spt_fast.model.generate import NOT_FINITE
@@ -120,6 +120,10 @@ class TextModel:
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode_array(text).tolist()
 
+    def _check(self, rows: Sequence[list[int]]) -> None:
+        for row in rows:
+            check_rows(self._tokenizer, row, self._model.config.vocab_size)
+
     def pair(self, context: str, continuation: str) -> Pair:
         """Encoded as one text and cut at the end of the context; spaces at the end of the context belong to the
         continuation. SptError for a continuation without tokens."""
@@ -162,6 +166,7 @@ class TextModel:
                 invalid("context", self.context, f"at least {longest}, the tokens of the longest answer"), argument=True
             )
         rows = [[*pair.context, *pair.continuation] for pair in pairs]
+        self._check(rows)
         cut = sum(len(row) > self.context + 1 for row in rows)
         if cut:
             warnings.warn(
@@ -223,6 +228,7 @@ class TextModel:
                 argument=True,
             )
         rows = [(self.encode(context) or [self._prefix])[-(self.context - tokens) :] for context in contexts]
+        self._check(rows)
         starts, size = [*map(len, rows)], self.batch or TEXTS_AT_A_TIME
         named = self._tokenizer.named_tokens()
         # Special tokens may be invisible in the text.

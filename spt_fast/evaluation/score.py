@@ -102,7 +102,8 @@ def scored(
     if smallest < 0 or largest >= model.config.vocab_size:
         raise DataError(
             f"{prefix}: holds token id {smallest if smallest < 0 else largest}, the model's vocabulary is "
-            f"{model.config.vocab_size}; prepare it with the model's own tokenizer, or correct its dtype"
+            f"{model.config.vocab_size}; prepare it with the tokenizer of these weights, without tokens that they "
+            "lack, or correct its dtype"
         )
     window = (origin.context or model.config.context) if context is None else context
     if not 0 < window <= model.config.context:

@@ -25,8 +25,8 @@ def doubts(plan: Plan) -> list[str]:
     """Warnings: a text that two sources have, text repeated too often, a limit smaller than a document, evaluations
     that cost more than the training, losses on little text or on training text, spans in tokens that are shorter than a
     step, a rate that jumps in a continued schedule or has fallen to 0, settings without effect, a source that is
-    started again by windows of another length, a start from a run that isn't done or whose documents began or ended
-    with other tokens."""
+    started again by windows of another length, a start from a run that isn't done, whose documents began or ended with
+    other tokens, or whose tokenizer has ids without a row."""
     texts = (_twins, _limits, _repetitions, _evaluations, _thin_texts, Plan.leaks)
     found = (*texts, _spans, _jumps, _standstills, _unused, _restarts, _starts)
     return [doubt for find in found for doubt in find(plan)]
@@ -216,6 +216,8 @@ def _starts(plan: Plan) -> list[str]:
         return []
     doubt, origin = unfinished(Path(init)), origin_of(Path(init))
     found = [f"init: {doubt}"] if doubt else []
+    if plan.tokenizer and (doubt := plan.tokenizer.beyond(plan.model.vocab_size)):
+        found.append(f"init: its tokenizer {doubt}")
     field, data = next(((field, data) for field, data in plan.texts.items() if data.eos_id is not None), ("", None))
     for name in ("eos_id", "bos_id") if data and origin.eos_id is not None else ():
         if (this := getattr(data, name)) != (trained := getattr(origin, name)):

@@ -472,7 +472,7 @@ def unknown_id(recipe: Recipe, where: str, data: TokenDataset, id_: int, model: 
     """Why a dataset cannot be read by the model, and the remedy."""
     remedy = "this run's tokenizer, or raise model.vocab_size"
     if recipe.init:
-        remedy = f"the tokenizer of the weights at {recipe.init}, or correct its dtype"
+        remedy = f"the tokenizer of the weights at {recipe.init}, without tokens that they lack, or correct its dtype"
     says = f"{where}: {data.path} holds token id {id_}, outside the vocabulary of {model.vocab_size}"
     return DataError(f"{says}; prepare it with {remedy}")
 
@@ -540,11 +540,6 @@ def _model_config(recipe: Recipe, tokenizer: BaseTokenizer | None, datasets: lis
                 if key == "context" and value < config.context:
                     expected += f", and train in shorter windows by a phase's `batch.context: {value}`"
                 raise RecipeError(invalid(f"model.{key}", value, expected))
-        if tokenizer and tokenizer.vocab_size > config.vocab_size:
-            raise RecipeError(
-                f"tokenizer: {recipe.tokenizer or 'the one beside the weights'} has {tokenizer.vocab_size} ids, the "
-                f"weights at {recipe.init} only {config.vocab_size}; use the tokenizer that they were trained with"
-            )
         return config
 
     if "vocab_size" not in given:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spt_fast.data.base_tokenizer import BaseTokenizer
+from spt_fast.data.base_tokenizer import BaseTokenizer, check_rows
 from spt_fast.data.hf_tokenizer import HF_FILE, SLOW_FILES, HFTokenizer, without_hf_file
 from spt_fast.data.tokenizer import Tokenizer, check_alike
 from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid, shown
@@ -33,17 +33,25 @@ AT_A_TIME = 32
 """Texts that are generated in one batch."""
 
 
-def tokenizer_of(path: Path, name: str | Path | None = None) -> BaseTokenizer | None:
-    """The named tokenizer, else the one beside the weights at `path` or in their run; None if there is none.
+def tokenizer_of(path: Path, name: str | Path | None = None, *, needed: bool = False) -> BaseTokenizer | None:
+    """The named tokenizer, else the one beside the weights at `path` or in their run; None if there is none, and with a
+    warning if that of a base can't be read and isn't `needed`.
 
-    CheckpointError for another one than the weights were trained with, and for one with more ids than they have.
+    CheckpointError for another one than the weights were trained with; a warning for ids for which they have no row.
     """
     weights = locate(path)
     run, origin = run_of(weights), origin_of(weights)
     known = origin.tokenizer
     if own := name or tokenizer_file(weights):
         source = str(own)
-        found = Tokenizer.load(own)
+        try:
+            found = Tokenizer.load(own)
+        except DataError as error:
+            if needed or name or known:
+                raise
+            says = f"{error}; until then no text can be prepared or generated with it"
+            warnings.warn(says, SptWarning, stacklevel=2)
+            return None
     elif run and (recorded := recipe_of(run).tokenizer):
         source = recorded
         try:
@@ -72,9 +80,8 @@ def tokenizer_of(path: Path, name: str | Path | None = None) -> BaseTokenizer | 
         )
     if own and not name:
         check_alike(found, Path(own).parent)
-    if found.vocab_size > (rows := read_config(weights).vocab_size):
-        expected = f"it has {found.vocab_size:,} ids, the weights at {path} {rows:,}; give their own tokenizer"
-        raise CheckpointError(invalid("tokenizer", source, expected), argument=True)
+    if doubt := found.beyond(read_config(weights).vocab_size):
+        warnings.warn(f"tokenizer: {source} {doubt}", SptWarning, stacklevel=2)
     if origin.eos_id is not None:
         found.eos_id, found.bos_id = origin.eos_id, origin.bos_id
     elif known is None and isinstance(found, HFTokenizer):
@@ -84,7 +91,7 @@ def tokenizer_of(path: Path, name: str | Path | None = None) -> BaseTokenizer | 
 
 def tokenizer_for(path: Path, name: str | Path | None = None) -> BaseTokenizer:
     """`tokenizer_of`; CheckpointError if there is none or no model, DataError if it must be converted first."""
-    if found := tokenizer_of(path, name):
+    if found := tokenizer_of(path, name, needed=True):
         return found
     if any((path / file).exists() for file in SLOW_FILES):
         raise without_hf_file(path)
@@ -204,6 +211,8 @@ def generate_texts(
     ends = ends_of(weights, encoding)
     while batch := list(islice(waiting, AT_A_TIME)):
         before = [encoding.prompt(prompt) or ([] if eos is None else [eos]) for prompt in batch]
+        for ids in before:
+            check_rows(encoding, ids, model.config.vocab_size)
         after = model.generate_batch(before, tokens, stop_id=ends, vocab_size=encoding.vocab_size, **sampling)
         for prompt, given, ids in zip(batch, before, after, strict=True):
             ended = len(ids) > len(given) and ids[-1] in ends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from fractions import Fraction
@@ -25,6 +26,7 @@ from spt_fast.model import hf
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train.doubts import doubts
 from spt_fast.train.evaluate import evaluation_texts
+from spt_fast.train.merge import merge
 from spt_fast.train.origin import Origin, origin_of
 from spt_fast.train.plan import make_plan
 from spt_fast.train.release import export, generate_text, take_over, tokenizer_of
@@ -275,17 +277,67 @@ def test_a_base_knows_its_tokenizer(tmp_path: Path, base: Path, raw: dict[str, A
         DataError, match=r"tokenizer: .*base/tokenizer.model belongs to a slow tokenizer, .*save_pretrained"
     ):
         generate_text(base, "fox", 1)
-    larger = tokenizers.Tokenizer.from_file(str(tmp_path / "kept"))
-    larger.add_tokens([f"<{i}>" for i in range(100)])
-    larger.save(str(base / "tokenizer.json"))
-    prepare(tmp_path / "text.jsonl", tmp_path / "text", base, heldout=Fraction(1, 5), workers=1, progress=False)
-    with pytest.raises(RecipeError, match=r"tokenizer: the one beside the weights has 503 ids, .*only 448"):
-        make_plan(recipe_from(raw))
-    for use in (partial(generate_text, prompt="fox", tokens=1), partial(take_over, folder=tmp_path / "taken")):
-        with pytest.raises(CheckpointError, match="it has 503 ids"):
-            use(base)
     with pytest.raises(CheckpointError, match=r"gone/base: is not a folder; .*`hf download gone/base"):
         make_plan(recipe_from(raw | {"init": "gone/base"}))
+
+
+def test_a_base_whose_tokenizer_has_more_ids_than_rows_is_used_with_text_that_lacks_them(
+    tmp_path: Path, base: Path, raw: dict[str, Any]
+) -> None:
+    larger = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
+    larger.add_tokens([f"<{i}>" for i in range(47)])
+    larger.save(str(base / "tokenizer.json"))
+    says = r"has ids beyond the 448 rows of the weights, 448 \('<45>'\), 449 \('<46>'\); text that holds one is refused"
+    prepare(tmp_path / "text.jsonl", tmp_path / "text", base, heldout=Fraction(1, 5), workers=1, progress=False)
+    raw["phases"] = [raw["phases"][0] | {"tokens": 2 * 8 * 16}]
+    (doubt,) = [doubt for doubt in doubts(make_plan(recipe_from(raw))) if "beyond" in doubt]
+    assert re.match(rf"init: its tokenizer {says}", doubt)
+    assert run(recipe_from(raw), progress=False)["status"] == "done"
+    for use in (
+        partial(take_over, folder=tmp_path / "taken"),
+        partial(export, folder=tmp_path / "out"),
+        lambda weights: merge([weights, base], [1, 1], tmp_path / "merged"),
+    ):
+        with pytest.warns(SptWarning, match=rf"tokenizer: \S+tokenizer.json {says}"):
+            use(tmp_path / "run" / "weights" / "pretrain")
+    for weights in (base, tmp_path / "run", tmp_path / "merged", tmp_path / "taken"):
+        with pytest.warns(SptWarning, match=says):
+            assert generate_text(weights, "fox <44>", 2, temperature=0).startswith("fox <44>")
+        with pytest.raises(DataError, match=r"text holds '<45>', id 448, but the weights have rows for 448 ids: leave"):
+            generate_text(weights, "fox <45>", 2)
+    model = TextModel.load(base)
+    for ask in (
+        lambda text: model.likelihoods([model.pair("fox", text)]),
+        lambda text: model.continuations([text], [], 2),
+    ):
+        ask("<44>")
+        with pytest.raises(DataError, match=r"text holds '<46>', id 449, but the weights have rows for 448 ids"):
+            ask("<46>")
+    write_jsonl(tmp_path / "more.jsonl", ["fox <45>", *documents(60)])
+    prepare(tmp_path / "more.jsonl", tmp_path / "text", base, workers=1, progress=False)
+    with pytest.raises(DataError, match=r"text: holds token id 448, the model's .* without tokens that they lack"):
+        score(base, tmp_path / "text")
+    with pytest.raises(DataError, match=r"sources\.text\.train: .* holds token id 448, outside the vocabulary of 448"):
+        make_plan(recipe_from(raw | {"sources": {"text": {"train": str(tmp_path / "text")}}}))
+    other = hf_tokenizers.write(tmp_path / "nfc", "nfc")
+    for use in (generate_text, export):
+        with pytest.raises(CheckpointError, match=r"nfc .* is not the one that the weights at .* were trained with"):
+            use(tmp_path / "run", *([tmp_path / "again"] if use is export else ["fox", 1]), tokenizer=other)
+
+
+def test_an_unreadable_tokenizer_of_a_base_is_copied_with_a_warning(tmp_path: Path, base: Path) -> None:
+    (base / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    says = r"base/tokenizer\.json: is damaged, .* run `git lfs pull`; until then no text can be prepared or generated"
+    for use in (
+        partial(take_over, folder=tmp_path / "taken"),
+        partial(export, folder=tmp_path / "out"),
+        lambda weights: merge([weights, weights], [1, 1], tmp_path / "merged"),
+    ):
+        with pytest.warns(SptWarning, match=says):
+            use(base)
+    assert all(carries(tmp_path / name, base) for name in ("taken", "out", "merged"))
+    with pytest.raises(DataError, match=r"base/tokenizer\.json: is damaged"):
+        generate_text(base, "fox", 1)
 
 
 def test_a_fresh_model_on_a_hugging_face_tokenizer(tmp_path: Path, base: Path, raw: dict[str, Any]) -> None:
@@ -308,5 +360,7 @@ def test_an_id_outside_a_base_is_refused_with_its_tokenizer_as_the_remedy(
     np.arange(4000, dtype=np.uint16).tofile(tmp_path / "foreign.bin")
     foreign = raw | {"sources": {"text": {"train": str(tmp_path / "foreign.bin"), "dtype": "uint16"}}}
     plan = make_plan(recipe_from(foreign))
-    with pytest.raises(DataError, match=r"sources\.text\.train: .*the tokenizer of the weights at .*base, or correct"):
+    with pytest.raises(
+        DataError, match=r"sources\.text\.train: .*the tokenizer of the weights at .*base, without .*, or correct"
+    ):
         evaluation_texts(plan, plan.recipe.phases[0])
