@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Collection, Sequence
 from typing import Protocol
@@ -34,7 +35,7 @@ class Model(Protocol):
 @torch.no_grad()
 def generate(
     model: Model,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | Tensor] | Tensor,
     new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -44,18 +45,20 @@ def generate(
     stop_id: int | Collection[int] | None = None,
     vocab_size: int | None = None,
 ) -> list[list[int]]:
-    """Each prompt and up to `new_tokens` more; a text ends early if `stop_id`, or one of them, is drawn.
+    """Each prompt, a list of ids or an integer tensor [T], and up to `new_tokens` more; a text ends early if `stop_id`,
+    or one of them, is drawn.
 
     A token sees the last `context` tokens before it. While that is the whole text, keys and values are cached and a
     token costs one position; in a longer text every token costs a pass over `context` positions, with a warning.
     temperature 0 takes the likeliest token; top_k draws only from that many likeliest tokens, and top_p from the fewest
     of these whose probabilities, at the temperature, sum to at least that (Holtzman et al. 2019, 3.1). vocab_size: the
     tokenizer's, if the model's is padded beyond it; only its ids are drawn. Each text depends on `seed` alone, not on
-    the other texts; the global generator is not used. SptError (a ValueError): an empty prompt, an id outside of the
-    model's vocabulary, new_tokens below 0, a temperature below 0 or not finite, a top_k below 1, a top_p that isn't
-    above 0 and at most 1, a seed that isn't one of 64 bits, logits that are not finite.
+    the other texts; the global generator is not used. SptError (a ValueError): a prompt of another type or empty, an id
+    outside of the model's vocabulary, new_tokens below 0, a temperature below 0 or not finite, a top_k below 1, a top_p
+    that isn't above 0 and at most 1, a seed that isn't one of 64 bits, logits that are not finite.
     """
-    for tokens in prompts:
+    texts = [_ids(tokens) for tokens in prompts]
+    for tokens in texts:
         if not tokens:
             raise SptError(invalid("tokens", tokens, "give a prompt of at least one token"))
         for token in tokens:
@@ -72,7 +75,6 @@ def generate(
         raise SptError(invalid("top_p", top_p, "write a number above 0 and at most 1"), argument=True)
     if not -(2**63) <= seed < 2**64:
         raise SptError(invalid("seed", seed, "write a whole number of at most 64 bits"), argument=True)
-    texts = [list(tokens) for tokens in prompts]
     generators = [torch.Generator().manual_seed(seed) for _ in texts]
     stops = stop_id if isinstance(stop_id, Collection) else (stop_id,)
     reader, growing = _Reader(model, texts, new_tokens), list(range(len(texts)))
@@ -83,6 +85,13 @@ def generate(
         if not growing:
             break
     return texts
+
+
+def _ids(prompt: Sequence[int] | Tensor) -> list[int]:
+    try:
+        return [operator.index(token) for token in (prompt.tolist() if isinstance(prompt, Tensor) else prompt)]
+    except TypeError:
+        raise SptError(invalid("tokens", prompt, "give a prompt as a list of ids or an integer tensor [T]")) from None
 
 
 def _draw(

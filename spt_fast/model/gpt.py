@@ -366,11 +366,14 @@ class GPT(nn.Module):
         """Writes a folder that transformers loads; see spt_fast.model.hf.save."""
         hf.save(self.config, dict(self.named_parameters()), folder, tokenizer, dtype)
 
-    def generate(self, tokens: list[int], new_tokens: int, **sampling: Any) -> list[int]:
-        """The tokens and up to `new_tokens` sampled after them; `sampling` as in spt_fast.model.generate.generate."""
+    def generate(self, tokens: Sequence[int] | Tensor, new_tokens: int, **sampling: Any) -> list[int]:
+        """The tokens, a list of ids or an integer tensor [T], and up to `new_tokens` sampled after them; `sampling` as
+        in spt_fast.model.generate.generate."""
         return self.generate_batch([tokens], new_tokens, **sampling)[0]
 
-    def generate_batch(self, prompts: Sequence[Sequence[int]], new_tokens: int, **sampling: Any) -> list[list[int]]:
+    def generate_batch(
+        self, prompts: Sequence[Sequence[int] | Tensor] | Tensor, new_tokens: int, **sampling: Any
+    ) -> list[list[int]]:
         """`generate` for each prompt, with all of them in one batch."""
         return generate.generate(self, prompts, new_tokens, **sampling)
 

@@ -160,6 +160,15 @@ def test_stop_id_ends_the_text(model: GPT) -> None:
     assert model.generate([1], 40, temperature=3.0, seed=2, stop_id=[-1, stop]) == text[: text.index(stop, 1) + 1]
 
 
+def test_prompts_may_be_tensors(model: GPT) -> None:
+    texts = model.generate_batch([[1, 2], [3, 4]], 5, temperature=0)
+    assert model.generate(torch.tensor([1, 2]), 5, temperature=0) == texts[0]
+    assert model.generate_batch(torch.tensor([[1, 2], [3, 4]]), 5, temperature=0) == texts
+    for prompt in (torch.tensor([[1, 2]]), torch.tensor([1.0]), "ab", 1, None):
+        with pytest.raises(SptError, match=r"^tokens: .* is invalid: give a prompt as a list of ids or an integer te"):
+            model.generate(prompt, 3)
+
+
 def test_bad_arguments_are_refused(model: GPT) -> None:
     with pytest.raises(ValueError, match="prompt"):
         model.generate([], 3)
