@@ -93,11 +93,12 @@ def linear_cross_entropy(
 
     scale, for "mean" and "sum": the loss is multiplied by this number, and its `backward()` must be called without an
     upstream gradient, which is 1 therefore. Gradients are made in the forward pass, which also adds them to
-    `weight.grad` if that accumulates in place. Not for float16, whose smallest numbers are too large.
+    `weight.grad` if that accumulates in place; then there is one backward pass. Not for float16, whose smallest numbers
+    are too large.
     ValueError: shapes, dtypes, reduction, scale or softcap that don't fit, or a backend that cannot run for x.
-    RuntimeError (on a CPU): an upstream gradient other than 1 of a loss with `scale`, or a target outside the
-    vocabulary. On a GPU the Triton kernel makes that row's loss and gradient NaN, since an exception would have to wait
-    for the GPU.
+    RuntimeError: a second backward pass that would not add to `weight.grad` again; on a CPU also an upstream gradient
+    other than 1 of a loss with `scale`, or a target outside the vocabulary. On a GPU the Triton kernel makes that row's
+    loss and gradient NaN, since an exception would have to wait for the GPU.
     """
     x_ND, weight_VD = as_autocast(x_ND, weight_VD)
     if (
@@ -162,6 +163,7 @@ class _Scaled(torch.autograd.Function):
             backend, *(gradient_of(weight_VD) if in_place else ()),
         )  # fmt: skip
         ctx.save_for_backward(dx_ND if needs_dx else None, dw_VD if needs_dw and not in_place else None)
+        ctx.in_place, ctx.passed = in_place, False
         return loss_N.sum() * dloss
 
     @staticmethod
@@ -171,6 +173,12 @@ class _Scaled(torch.autograd.Function):
             raise RuntimeError(
                 f"linear_cross_entropy: the upstream gradient is {dloss.item():.6g}; with `scale` it must be 1"
             )
+        if ctx.in_place and ctx.passed:
+            raise RuntimeError(
+                "linear_cross_entropy: a second backward pass of a loss with `scale`, whose forward pass has added the "
+                "weight's gradient in place, would not add it again; compute the loss again, or leave `scale` out"
+            )
+        ctx.passed = True
         return *ctx.saved_tensors, *[None] * 9
 
 

@@ -519,6 +519,25 @@ def test_in_place_micro_batches_add_up(dtype: torch.dtype) -> None:
     assert weight.grad is held
 
 
+def test_a_second_backward_pass_is_right_or_refused() -> None:
+    """What the forward pass added in place can't be added again."""
+    x, weight, targets, _ = draw(4, 8, 33, torch.float32)
+    x, weight = x.requires_grad_(), torch.nn.Parameter(weight)
+    loss = linear_cross_entropy(x, weight, targets, scale=1.0)
+    once = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    torch.testing.assert_close((x.grad, weight.grad), (3 * once[0], 3 * once[1]))
+    accumulate_in_place([weight])
+    for given in (x, x.detach()):
+        loss = linear_cross_entropy(given, weight, targets, scale=1.0)
+        loss.backward(retain_graph=True)
+        with pytest.raises(
+            RuntimeError, match=r"a second backward pass of a loss with `scale`, .*compute the loss again"
+        ):
+            loss.backward()
+
+
 def test_a_scale_that_cannot_be_is_refused() -> None:
     x, weight, targets, _ = draw(4, 8, 33, torch.float32)
     with pytest.raises(ValueError, match=r"scale\): 0.5 is invalid: None for reduction"):
