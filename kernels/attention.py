@@ -124,6 +124,8 @@ def attend(
 ) -> Tensor:
     """`qkv_attention`, for an op with the same backends."""
     (qkv_BTSD,) = as_autocast(qkv_BTSD)
+    if not eps >= 0:
+        raise ValueError(invalid(f"{op.name}(eps)", eps, "it must be at least 0"))
     window, scale = checked(qkv_BTSD, K, cos, sin, q_weight, k_weight, cu_seqlens, window, scale)
     q_BTHD, k_BTHD, v_BTHD = attention_packed.split(qkv_BTSD, K)
     if is_transformed():

@@ -592,6 +592,23 @@ def test_it_compiles_whole(fields: dict) -> None:
         torch.testing.assert_close(compiled, eager)
 
 
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": True}], ids=["plain", "QK-norm"])
+def test_it_compiles_for_any_number_of_tokens(fields: dict) -> None:
+    """Dynamo, which then takes floats as unknown too, must meet them outside of an autograd Function first."""
+    torch._dynamo.reset()
+    model = GPT(GPTConfig(**{**SMALL, "layers": 1, **fields}), seed=3)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((2, 12), (3, 17)):
+        tokens, targets = (torch.randint(model.config.vocab_size, shape) for _ in range(2))
+        loss = compiled(tokens, targets)
+        expected = model(tokens, targets)
+        torch.testing.assert_close(loss, expected)
+        for found, right in zip(
+            *(torch.autograd.grad(each, model.embedding) for each in (loss, expected)), strict=True
+        ):
+            torch.testing.assert_close(found, right)
+
+
 # -------------------------------------------------------------------------------------------------------------- fp8
 
 FP8 = {"layers": 2, "width": 48, "heads": 6, "kv_heads": 2, "ffn": 64, "context": 32, "vocab_size": 61}
