@@ -9,9 +9,11 @@ written by hand, since a type checker reads them: tests/kernels/test_ops.py repo
 import importlib
 import pkgutil
 
+from spt_fast.kernels import backend
 from spt_fast.kernels.activation import swiglu, swiglu_linear, swiglu_packed
 from spt_fast.kernels.adamw import adamw_step, adamw_step_all
 from spt_fast.kernels.allocator import keep_freed_memory, return_freed_memory
+from spt_fast.kernels.arguments import explained
 from spt_fast.kernels.attention import flash_attention, qkv_attention
 from spt_fast.kernels.backend import auto_backends, chosen_backends, prefer
 from spt_fast.kernels.cross_entropy import linear_cross_entropy
@@ -53,3 +55,6 @@ __all__ = [
 for _file in pkgutil.iter_modules(__path__):
     # Not by __name__: transformers imports `kernels`, which in a checkout is this folder, and defining ops twice fails.
     importlib.import_module(f"spt_fast.kernels.{_file.name}")
+
+for _op in (*backend.OPS, "adamw_step_all", "accumulate_in_place"):
+    globals()[_op] = explained(globals()[_op])

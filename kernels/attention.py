@@ -206,8 +206,8 @@ def _check(
     op: str = "flash_attention",
 ) -> None:
     shapes = f"q is {tuple(q_BTHD.shape)}, k is {tuple(k_BTHD.shape)}, v is {tuple(v_BTHD.shape)}"
-    if q_BTHD.dim() != 4 or k_BTHD.shape != v_BTHD.shape:
-        raise ValueError(f"{op}: {shapes}; they must be [B, T, H, D], k and v alike")
+    if q_BTHD.dim() != 4 or k_BTHD.shape != v_BTHD.shape or not q_BTHD.shape[3]:
+        raise ValueError(f"{op}: {shapes}; they must be [B, T, H, D] with D above 0, k and v alike")
     B, T, H, D = q_BTHD.shape
     if (
         k_BTHD.dim() != 4

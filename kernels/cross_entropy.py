@@ -106,10 +106,11 @@ def linear_cross_entropy(
         or weight_VD.dim() != 2
         or x_ND.shape[1] != weight_VD.shape[1]
         or targets_N.shape != x_ND.shape[:1]
+        or not len(weight_VD)
     ):
         raise ValueError(
             f"linear_cross_entropy: x is {tuple(x_ND.shape)}, weight is {tuple(weight_VD.shape)}, targets are "
-            f"{tuple(targets_N.shape)}; they must be [N, D], [V, D] and [N]"
+            f"{tuple(targets_N.shape)}; they must be [N, D], [V, D] and [N], V above 0"
         )
     if x_ND.dtype != weight_VD.dtype:
         raise ValueError(f"linear_cross_entropy: x is {x_ND.dtype}, weight is {weight_VD.dtype}; they must agree")

@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from spt_fast.errors import invalid
 from spt_fast.kernels import attention_packed, attention_triton, flash_attn
 from spt_fast.kernels.attention import ATTENTION_BACKENDS, attend, checked, flash_attention, pick
 from spt_fast.kernels.backend import OPS, Candidate, Op, is_looked_at, obstacle
@@ -64,7 +65,10 @@ def self_attention(
         if chosen in OTHERS:
             q, k, v = Projected.apply(x_BTE, weight, bias, cos, sin, K, D)
             return flash_attention(q, k, v, cu_seqlens=cu_seqlens, window=visible, scale=factor, backend=chosen)
-    qkv_BTSD = linear(x_BTE, weight, bias).unflatten(-1, (-1, D))
+    qkv = linear(x_BTE, weight, bias)
+    if D < 1 or qkv.shape[-1] % D:
+        raise ValueError(invalid("self_attention(head_dim)", D, f"it must divide the weight's {len(weight)} rows"))
+    qkv_BTSD = qkv.unflatten(-1, (-1, D))
     op = OPS["qkv_attention"] if separate else _SELF_ATTENTION  # the one that the tuner asks for
     return attend(qkv_BTSD, K, *positions, eps, cu_seqlens, window, scale, backend, op)
 

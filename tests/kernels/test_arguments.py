@@ -1,0 +1,110 @@
+"""Arguments of a wrong type are refused by name, with what was given and what would do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+
+from spt_fast import kernels
+from spt_fast.kernels import arguments
+from tests.kernels.compare import DEVICE
+
+X, W, HEADS = (torch.ones(shape, device=DEVICE) for shape in ((4, 8), (8, 8), (1, 4, 2, 8)))
+TARGETS = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+THREE = (HEADS, HEADS, HEADS)
+
+
+@pytest.mark.parametrize(
+    ("op", "given", "named", "says"),
+    [
+        ("rms_norm", (X, W[0]), {"eps": "1e-6"}, "(eps): '1e-6' is invalid: it must be a number"),
+        ("rms_norm", (X, W[0]), {"eps": None}, "(eps): None is invalid: it must be a number"),
+        ("rms_norm", ([1.0], W[0]), {}, "(x): [1.0] is invalid: it must be a tensor"),
+        (
+            "qk_norm_rope",
+            (HEADS, HEADS, W[0], W[0], W[:4], W[:4], "x"),
+            {},
+            "(eps): 'x' is invalid: it must be a number",
+        ),
+        (
+            "flash_attention",
+            THREE,
+            {"cu_seqlens": [0, 4]},
+            "(cu_seqlens): [0, 4] is invalid: it must be a tensor or None",
+        ),
+        ("flash_attention", THREE, {"window": "4"}, "(window): '4' is invalid: it must be a whole number or None"),
+        ("flash_attention", THREE, {"scale": "x"}, "(scale): 'x' is invalid: it must be a number or None"),
+        ("qkv_attention", (HEADS, "1"), {}, "(kv_heads): '1' is invalid: it must be a whole number"),
+        ("self_attention", (X[None], W, 2, 2), {"eps": None}, "(eps): None is invalid: it must be a number"),
+        ("linear_cross_entropy", (X, W, TARGETS), {"z_loss": "x"}, "(z_loss): 'x' is invalid: it must be a number"),
+        (
+            "linear_cross_entropy",
+            (X, W, TARGETS),
+            {"softcap": "x"},
+            "(softcap): 'x' is invalid: it must be a number or N",
+        ),
+        (
+            "linear_cross_entropy",
+            (X, W, TARGETS),
+            {"scale": "x"},
+            "(scale): 'x' is invalid: it must be a number or None",
+        ),
+        ("linear_cross_entropy", (X, W, [0] * 4), {}, "(targets_N): [0, 0, 0, 0] is invalid: it must be a tensor"),
+        ("adamw_step", (X, X, X, "x"), {"step": 1, "lr": 1.0}, "(exp_avg_sq): 'x' is invalid: it must be a tensor"),
+        ("adamw_step", (X,) * 4, {"step": 1, "lr": 1.0, "betas": 0.9}, "(betas): 0.9 is invalid: it must be 2 numbers"),
+        (
+            "adamw_step_all",
+            ([X], [X], [X], [1]),
+            {"step": 1, "lr": 1.0},
+            "(exp_avg_sqs): [1] is invalid: it must be a li",
+        ),
+        ("accumulate_in_place", (3,), {}, "(parameters): 3 is invalid: it must be a list, each of it a tensor"),
+    ],
+)
+def test_an_argument_of_a_wrong_type_is_named(op: str, given: tuple, named: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(op + says)}"):
+        getattr(kernels, op)(*given, **named)
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [(lambda: kernels.linear(X, W[:, :3]), RuntimeError), (lambda: kernels.rms_norm(X), TypeError)],
+)
+def test_other_errors_stay_as_they_are(call: Callable[[], object], error: type[Exception]) -> None:
+    with pytest.raises(error) as raised:
+        call()
+    assert not isinstance(raised.value, ValueError)
+
+
+def test_what_every_op_takes_can_be_said() -> None:
+    for name in (*kernels.backend.OPS, "adamw_step_all", "accumulate_in_place"):
+        op = getattr(kernels, name)
+        assert op.__wrapped__, "it explains wrong types"
+        for argument, hint in get_type_hints(op).items():
+            assert argument == "return" or arguments._words(hint)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: kernels.flash_attention(*[HEADS[..., :0]] * 3), r"q is \(1, 4, 2, 0\), .* with D above 0"),
+        (
+            lambda: kernels.qkv_attention(HEADS.repeat(1, 1, 2, 1)[..., :0], 1),
+            r"q is \(1, 4, 2, 0\), .* with D above 0",
+        ),
+        (
+            lambda: kernels.qkv_attention(HEADS.repeat(1, 1, 2, 1), 1, eps=-1.0),
+            r"eps\): -1.0 is invalid: it must be at",
+        ),
+        (lambda: kernels.self_attention(X[None], W, 1, 0), r"head_dim\): 0 is invalid: it must divide the weight's 8"),
+        (lambda: kernels.self_attention(X[None], W, 1, 3), r"head_dim\): 3 is invalid: it must divide the weight's 8"),
+        (lambda: kernels.linear_cross_entropy(X, W[:0], TARGETS), r"weight is \(0, 8\), .* V above 0"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(call: Callable[[], object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        call()
