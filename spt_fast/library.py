@@ -249,8 +249,9 @@ def train(recipe: Recipe | AnyPath, *, resume: bool = False, verify: bool = Fals
     from spt_fast.config import as_recipe
     from spt_fast.train.run import run
     from spt_fast.train.summary import TrainedRun
+    from spt_fast.train.world import before_joining
 
-    loaded = as_recipe(recipe)
+    loaded = before_joining(lambda: as_recipe(recipe))
     return TrainedRun.of(Path(loaded.run), run(loaded, resume=resume, verify=verify, progress=progress))
 
 

@@ -36,7 +36,7 @@ from spt_fast.train.state import SavedState
 from spt_fast.train.trackers import check_installed
 from spt_fast.train.watch import Watch
 from spt_fast.train.weights import digest_of, locate, read_config
-from spt_fast.train.world import World, use_deterministic_algorithms
+from spt_fast.train.world import World, before_joining, use_deterministic_algorithms
 
 
 def run(
@@ -51,7 +51,7 @@ def run(
     diverges ends it with `status: failed` and the reason. Raises RecipeError, DataError or CheckpointError for what a
     user can fix.
     """
-    recipe = as_recipe(recipe)
+    recipe = before_joining(lambda: as_recipe(recipe))
     if recipe.engine.deterministic:
         use_deterministic_algorithms()
     world = join(recipe.engine)
