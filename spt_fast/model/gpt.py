@@ -287,6 +287,7 @@ class GPT(nn.Module):
         next_norms = [*(block.attention_norm for block in blocks[1:]), self.final_norm]
         fp8 = self.fp8 and torch.is_grad_enabled()
         lowered = not isinstance(self.embedding, nn.Parameter)  # by _under_autocast
+        kept: dict[str, Any] = {"context_fn": _keep_matmuls} if self.checkpointing == "selective" else {}
         h_BTD = stream_BTD if after else rms_norm(stream_BTD, blocks[0].attention_norm, eps, largest=fp8)
         for i, (block, next_norm) in enumerate(zip(blocks, next_norms, strict=True)):
             arguments = (h_BTD, stream_BTD, next_norm, *tables[block.rope], cu_seqlens, fp8)
@@ -300,7 +301,7 @@ class GPT(nn.Module):
                     *arguments,
                     use_reentrant=False,
                     preserve_rng_state=False,
-                    context_fn=_keep_matmuls if self.checkpointing == "selective" else checkpoint.noop_context_fn,
+                    **kept,
                 )
         return rms_norm(stream_BTD, self.final_norm, eps) if after else h_BTD
 
