@@ -106,6 +106,17 @@ class CallableRoom(ModuleType):
     """A package with the name of a call: `spt_fast.train` is the package, `spt_fast.train(recipe)` the call."""
 
     @property
+    def __doc__(self) -> str:  # type: ignore[override]
+        """The call's, which `help` shows."""
+        from inspect import getdoc
+
+        first, _, rest = (getdoc(self._call) or "").partition("\n")
+        return f"{first}\n\n{self._call.__name__}{self.__signature__}\n{rest}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return import_module, (self.__name__,)
+
+    @property
     def __signature__(self) -> Any:
         from inspect import signature
 

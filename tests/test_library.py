@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import pickle
+import pydoc
 import re
 import sys
 from collections.abc import Callable
@@ -229,3 +231,12 @@ def test_every_call_is_documented_with_all_its_arguments() -> None:
         assert name in spt.__all__
         assert name in dir(spt)
     assert sys.modules["spt_fast.train"] is spt.train, "the package as well"
+
+
+@pytest.mark.parametrize("name", ["train", "report"])
+def test_a_call_that_is_also_a_package_shows_its_own_help_and_goes_to_another_process(name: str) -> None:
+    call = getattr(library, name)
+    shown = pydoc.plain(pydoc.render_doc(getattr(spt, name)))
+    assert f"{name}{inspect.signature(call)}" in shown
+    assert all(line.strip() in shown for line in call.__doc__.splitlines())
+    assert pickle.loads(pickle.dumps(getattr(spt, name))) is getattr(spt, name)

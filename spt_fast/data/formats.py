@@ -16,6 +16,7 @@ the end of its file kills the process (SIGBUS) when it is read.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,29 @@ def map_ids(path: Path, dtype: np.dtype, offset_bytes: int, count: int) -> np.nd
         empty.flags.writeable = False
         return empty
     return np.memmap(path, dtype, "r", offset_bytes, (count,))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a map, or a stretch of one, lies."""
+
+    path: Path
+    dtype: np.dtype
+    offset_bytes: int
+    count: int
+
+    def map(self) -> np.ndarray:
+        return map_ids(self.path, self.dtype, self.offset_bytes, self.count)
+
+
+def place_of(ids: np.ndarray) -> Place | None:
+    """The place of what `map_ids` gave, or of a stretch of it; None for numbers in memory."""
+    whole = getattr(ids, "_mmap", None)
+    if not isinstance(ids, np.memmap) or whole is None:
+        return None
+    first = ids.offset - ids.offset % mmap.ALLOCATIONGRANULARITY  # the file's byte with which the map begins
+    first += ids.ctypes.data - np.frombuffer(whole, np.uint8).ctypes.data
+    return Place(Path(str(ids.filename)), ids.dtype, first, len(ids))
 
 
 def check_size(path: Path, expected: int, says: str) -> None:

@@ -22,11 +22,16 @@ class JoinedTokens:
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
             start, stop, step = key.indices(len(self))
-            assert step == 1, "a stretch of tokens"
+            if step != 1:
+                return self[np.arange(start, stop, step)]
             parts = zip(self._edges[:-1], self._parts, strict=True)
             found = [part[max(0, start - at) : max(0, stop - at)] for at, part in parts if at < stop]
             return np.concatenate([*found, np.empty(0, self.dtype)])
         places = np.asarray(key)
+        if places.dtype == bool:
+            if places.shape != (len(self),):
+                raise IndexError(f"a mask of shape {places.shape} for {len(self)} tokens")
+            places = np.flatnonzero(places)
         places = np.where(places < 0, places + len(self), places)
         if places.size and not 0 <= places.min() <= places.max() < len(self):
             raise IndexError(f"{key} in {len(self)} tokens")

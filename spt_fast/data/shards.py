@@ -18,7 +18,7 @@ import resource
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -170,6 +170,14 @@ class TokenDataset:
             metadata=metadata,
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For a copy or another process, which maps the files again: a pickle holds no ids of one corpus."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.shards:
+            values["tokens"] = None
+        places = {name: formats.place_of(values[name]) for name in ("tokens", "document_ends")}
+        return _opened_again, (values | {name: place for name, place in places.items() if place is not None},)
+
     def limit(self, tokens: int) -> TokenDataset:
         """The first whole documents that fit in `tokens` tokens (at least one that isn't empty), on the same map.
 
@@ -242,6 +250,22 @@ class TokenDataset:
                 f"{idx_path}: is damaged: its sha256 differs from the one in {json_path}; copy or prepare it again"
             )
         return most == len(expected)
+
+
+def _opened_again(values: dict[str, Any]) -> TokenDataset:
+    """What `TokenDataset.__reduce__` took apart. DataError if a file is gone or was written since."""
+    place = values["tokens"]
+    if isinstance(place, formats.Place):
+        try:
+            written_ns = stamp_of(place.path.stat())[2]
+        except OSError as error:
+            raise DataError(f"{place.path}: can't be read ({error.strerror}); fix that, or name another") from error
+        if written_ns != values["stamp"][2]:
+            raise DataError(f"{place.path}: was written since this dataset was opened; open it again")
+    if values["shards"]:
+        values["tokens"] = _joined(values["shards"])
+    mapped = {name: value.map() for name, value in values.items() if isinstance(value, formats.Place)}
+    return TokenDataset(**values | mapped)
 
 
 def is_many(prefix: Path) -> bool:

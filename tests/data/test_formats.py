@@ -347,6 +347,10 @@ def test_many_files_are_one_dataset(tmp_path: Path) -> None:
         assert (len(data.tokens), data.num_tokens, data.tokens.dtype) == (len(whole), len(whole), np.uint16)
         for start, stop in itertools.combinations(range(0, len(whole) + 1, 3), 2):
             assert data.tokens[start:stop].tolist() == whole[start:stop].tolist()
+        for key in (slice(None, None, 3), slice(None, None, -2), slice(len(whole), 1, -1), whole > 5):
+            assert data.tokens[key].tolist() == whole[key].tolist()
+        with pytest.raises(IndexError, match="a mask of shape"):
+            data.tokens[whole[1:] > 5]
         places = np.array([[0, -1], [len(IDS), 2 * len(IDS)]])
         assert data.tokens[places].tolist() == whole[places].tolist()
         assert data.tokens[-2] == whole[-2]

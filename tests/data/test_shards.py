@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import itertools
 import json
 import os
+import pickle
 import stat
 import subprocess
 import sys
@@ -341,6 +343,32 @@ def test_a_limit_below_one_token_is_refused(tmp_path: Path, limit: int) -> None:
     write(tmp_path / "d", DOCUMENTS)
     with pytest.raises(DataError, match="give at least 1"):
         TokenDataset.open(tmp_path / "d").limit(limit)
+
+
+@pytest.mark.parametrize("limit", [10**6, 9000])
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_pickle_and_a_copy_map_the_files_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int, limit: int
+) -> None:
+    for i in range(files):
+        write(tmp_path / f"d{i}", [[i] * 4000] * 3)
+    monkeypatch.chdir(tmp_path)
+    data = TokenDataset.open([f"d{i}" for i in range(files)] if files > 1 else "d0").limit(limit)
+    pickled = pickle.dumps(data)
+    assert len(pickled) < 4000
+    for again in (pickle.loads(pickled), copy.deepcopy(data), copy.copy(data)):
+        assert np.array_equal(again.tokens[:], data.tokens[:])
+        assert np.array_equal(again.document_ends, data.document_ends)
+        assert all(isinstance(part.tokens, np.memmap) for part in again.shards or [again])
+        assert (again.digest, again.stamp, again.num_bytes) == (data.digest, data.stamp, data.num_bytes)
+    monkeypatch.chdir("/")
+    assert np.array_equal(pickle.loads(pickled).tokens[:], data.tokens[:])
+    os.utime(tmp_path / "d0.bin", ns=(1, 1))
+    with pytest.raises(DataError, match=r"d0\.bin: was written since this dataset was opened; open it again"):
+        pickle.loads(pickled)
+    (tmp_path / "d0.bin").unlink()
+    with pytest.raises(DataError, match=r"d0\.bin: can't be read \(No such file or directory\)"):
+        pickle.loads(pickled)
 
 
 def test_digests_tell_content_and_cut_apart(tmp_path: Path) -> None:
