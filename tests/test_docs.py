@@ -70,7 +70,8 @@ PYTHON = [block for block in BLOCKS if block.language == "python" and block.page
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
-def test_python_of_the_docs_runs(block: Block) -> None:
+def test_python_of_the_docs_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     exec(block.text, {})
 
 

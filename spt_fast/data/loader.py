@@ -51,10 +51,10 @@ class Loader:
     read into pinned memory and copied without blocking. Ids are checked against `vocab_size`. No random numbers are
     drawn.
 
-    Raises RecipeError if the order's sequences don't divide by micro x world. Raises DataError, here or from the
-    iteration: `documents` without recorded document ends, ids that aren't native integers, a file that was replaced
-    since the dataset was opened, changed its size or cannot be read, an id of `vocab_size` or more. Close it, or use it
-    as a context manager.
+    Raises RecipeError if the order's sequences don't divide by micro x world, or `rank` is not below `world`. Raises
+    DataError, here or from the iteration: a source without its dataset or ring, `documents` without recorded document
+    ends, ids that aren't native integers, a file that was replaced since the dataset was opened, changed its size or
+    cannot be read, an id of `vocab_size` or more. Close it, or use it as a context manager.
     """
 
     def __init__(
@@ -72,14 +72,24 @@ class Loader:
         documents: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
+        if min(micro, world) < 1 or not 0 <= rank < world:
+            raise RecipeError(
+                f"rank: {rank} of {world} with micro {micro} is invalid: ranks count from 0, micro from 1"
+            )
         if order.sequences % (micro * world):
             raise RecipeError(
                 f"batch.sequences: {order.sequences} does not divide into {world} processes of micro-batches of "
                 f"{micro}; choose a multiple of {micro * world}"
             )
         for name in order.mixture.sources:
-            ring = order.rings[name]
-            assert (ring.num_tokens, ring.context) == (datasets[name].num_tokens, context), name
+            if name not in datasets or name not in order.rings:
+                raise DataError(f"source {name!r} of the mixture has no dataset, or no ring; give one of each")
+            ring, num_tokens = order.rings[name], datasets[name].num_tokens
+            if (ring.num_tokens, ring.context) != (num_tokens, context):
+                raise DataError(
+                    f"source {name!r}: its ring is of {ring.num_tokens:,} tokens in windows of {ring.context:,}, and "
+                    f"the dataset has {num_tokens:,} for a context of {context:,}; make the ring of these"
+                )
         self._order, self._context, self._vocab_size = order, context, vocab_size
         self._first_step, self._last_step = first_step, last_step
         self._micro, self._device = micro, torch.device(device)

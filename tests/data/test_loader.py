@@ -271,6 +271,18 @@ def test_a_file_written_since_it_was_opened_is_compared_with_what_was_opened(
     assert read(datasets)
 
 
+def test_what_does_not_fit_together_is_refused(datasets: dict[str, TokenDataset]) -> None:
+    plan = order_of(datasets)
+    given = {"micro": 8, "vocab_size": VOCAB, "last_step": 1}
+    with pytest.raises(DataError, match="source 'chem' of the mixture has no dataset, or no ring"):
+        Loader(plan, {"web": datasets["web"]}, CONTEXT, **given)
+    with pytest.raises(DataError, match=f"source 'chem': its ring is of 167 tokens in windows of {CONTEXT}, and the"):
+        Loader(plan, datasets, CONTEXT + 1, **given)
+    for wrong in ({"micro": 0}, {"rank": 2, "world": 2, "micro": 4}, {"rank": -1}, {"world": 0}):
+        with pytest.raises(RecipeError, match="is invalid: ranks count from 0, micro from 1"):
+            Loader(plan, datasets, CONTEXT, **given | wrong)
+
+
 def test_a_file_whose_mapped_pages_are_gone_is_refused(datasets: dict[str, TokenDataset]) -> None:
     """A read of them would end in SIGBUS, as on NFS where another host replaced the file."""
     path = datasets["web"].path
