@@ -330,7 +330,7 @@ def _save(op: Callable, ctx: Any, inputs: tuple, output: Any) -> None:
 
 def _differentiate(op: Callable, ctx: Any, *gradients: Tensor) -> Any:
     if op not in _formulas:
-        raise RuntimeError(f"{op.__name__} has no derivative")
+        raise RuntimeError(f"ops are differentiable once: {op.__name__.strip('_')} has no derivative")
     return _formulas[op][1](ctx, *gradients)
 
 

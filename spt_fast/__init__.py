@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spt_fast import laws
+    from spt_fast import kernels, laws
     from spt_fast.config import Recipe, load_recipe
     from spt_fast.data.mixture import Mixture
     from spt_fast.data.shards import TokenDataset
@@ -70,7 +70,7 @@ _CALLS = (
     "tokenizer",
 )
 _HOMES |= dict.fromkeys(_CALLS, "spt_fast.library")
-_ROOMS = ("laws", "report", "train")
+_ROOMS = ("kernels", "laws", "report", "train")
 
 __all__ = [
     "GPT",
@@ -89,6 +89,7 @@ __all__ = [
     "fit",
     "generate",
     "init",
+    "kernels",
     "laws",
     "load_recipe",
     "load_study",

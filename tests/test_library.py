@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import math
@@ -231,6 +232,9 @@ def test_every_call_is_documented_with_all_its_arguments() -> None:
         assert name in spt.__all__
         assert name in dir(spt)
     assert sys.modules["spt_fast.train"] is spt.train, "the package as well"
+    for room in ("kernels", "laws"):
+        assert spt.__getattr__(room) is importlib.import_module(f"spt_fast.{room}")
+        assert room in spt.__all__
 
 
 @pytest.mark.parametrize("name", ["train", "report"])
