@@ -160,13 +160,13 @@ LAWS = {
     "chinchilla": Kind(
         laws.ChinchillaLaw,
         views.chinchilla,
-        "pretraining from scratch at two model sizes or more of one domain share, with evaluations along the way",
+        "pretraining from scratch at two model sizes or more of one domain share, each with several budgets",
         splits={"largest params": _largest("params"), "last 40% of budget": _rest_of_budget},
     ),
     "data-constrained": Kind(
         laws.DataConstrainedLaw,
         views.data_constrained,
-        "pretraining on the domain corpus alone (delta 1), of two corpus sizes or more",
+        "pretraining on the domain corpus alone (delta 1), of two corpus sizes or more, each with several budgets",
         differ=("unique_tokens",),
         settings=2,
         splits={"last 40% of budget": _rest_of_budget},

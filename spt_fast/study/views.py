@@ -58,9 +58,9 @@ def mixture_repetition(table: UsableRows) -> list[Group]:
 
 
 def chinchilla(table: UsableRows, of: Literal["domain", "general"] = "general") -> list[Group]:
-    """For ChinchillaLaw: pretraining at two model sizes or more, per domain share (and for the domain loss per
-    corpus)."""
-    rows = _known(_pretraining(table), f"{of}_heldout")
+    """For ChinchillaLaw: losses of `_finished` pretraining at two model sizes or more, per domain share (and for the
+    domain loss per corpus)."""
+    rows = _known(_finished(_pretraining(table)), f"{of}_heldout")
     if of == "general":
         rows = rows[rows["delta"] < 1]
     frame = _named(rows, "params", "tokens", "delta", "domain_tokens", loss=f"{of}_heldout")
@@ -69,8 +69,9 @@ def chinchilla(table: UsableRows, of: Literal["domain", "general"] = "general") 
 
 
 def data_constrained(table: UsableRows) -> list[Group]:
-    """For DataConstrainedLaw: pretraining on the domain corpus alone, if the unique tokens are known."""
-    rows = _known(_pretraining(table), "domain_heldout")
+    """For DataConstrainedLaw: losses of `_finished` pretraining on the domain corpus alone, if the unique tokens are
+    known."""
+    rows = _known(_finished(_pretraining(table)), "domain_heldout")
     rows = rows[rows["delta"] == 1]
     frame = _named(rows, "params", "tokens", unique_tokens="domain_tokens", loss="domain_heldout")
     return [({}, frame)] if len(frame) else []
@@ -79,6 +80,14 @@ def data_constrained(table: UsableRows) -> list[Group]:
 def _pretraining(table: UsableRows) -> pd.DataFrame:
     rows = table.rows
     return rows[(rows["stage"] == 0) & (rows["start"] == "scratch") & (rows["tokens"] > 0)]
+
+
+def _finished(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the loss of a run that ends there, to which their papers fit these laws: final weights, and the
+    curves of runs with several budgets, whose rate is near its peak at all of them. While a rate falls, the loss is
+    above that of a run that ends there."""
+    budgets = rows["handed_on"].groupby(rows["run"]).transform("sum")
+    return rows[rows["handed_on"] | (budgets > 1)]
 
 
 # --------------------------------------------------------------------------------------------------------- adaptation

@@ -229,7 +229,7 @@ def test_each_law_that_is_not_fitted_names_what_is_missing() -> None:
         "dcpt-domain": "needs continued pretraining at four domain shares or more, 20% apart",
         "cmr": "the runs have domain_ratio 1",
         "chinchilla": "needs pretraining from scratch at two model sizes or more of one domain share",
-        "data-constrained": "(delta 1), of two corpus sizes or more; there are no such runs",
+        "data-constrained": "(delta 1), of two corpus sizes or more, each with several budgets; there",
     }.items():
         assert says in (problems[law].problem or "")
 

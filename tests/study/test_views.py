@@ -89,6 +89,22 @@ def test_chinchilla_uses_shares_that_were_run_at_two_sizes() -> None:
     assert row["domain_heldout"] in set(frame["loss"])
 
 
+def test_laws_of_final_losses_leave_out_the_middle_of_runs_with_one_budget() -> None:
+    """Whose rate may have fallen; a run with several budgets has it near its peak at all of them."""
+    lengths = (20_000_000_000, 50_000_000_000)
+    given: dict[str, Any] = {"deltas": (0.01, 1.0), "seeds": (0,), "params": (SMALL, PARAMS)}
+    each = pd.concat([renamed(spt_table(budgets=(length,), **given), f"-{length}") for length in lengths])
+    together = spt_table(budgets=lengths, **given)
+    for view, share in ((views.chinchilla, 0.01), (views.data_constrained, 1.0)):
+        _, frame = only(view(usable(each)))
+        ends = each[(each["stage"] == 0) & (each["delta"] == share) & each["handed_on"]]
+        assert sorted(frame["tokens"]) == sorted(ends["tokens"]) == sorted(2 * lengths)
+        _, frame = only(view(usable(together)))
+        curves = (together["stage"] == 0) & (together["delta"] == share) & (together["tokens"] > 0)
+        assert len(frame) == curves.sum() == 2 * 20
+    assert all(len(frame) == 2 * 17 for _, frame in views.overfitting(usable(each))), "its paper fits curves"
+
+
 # -------------------------------------------------------------------------------------------------------- adaptation
 
 
