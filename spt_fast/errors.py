@@ -87,9 +87,13 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def counted(number: int, what: str) -> str:
-    """1 document, 2,000 documents."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+_OF_ONE = {"are": "is", "were": "was", "hold": "holds"}
+
+
+def counted(number: int, what: str, verb: str = "") -> str:
+    """1 document, 2,000 documents; with the verb of the latter also 1 document is, 2,000 documents are."""
+    said = f"{number:,} {what}" if number == 1 else f"{number:,} {what}{'es' if what.endswith('s') else 's'}"
+    return f"{said} {_OF_ONE[verb] if number == 1 else verb}" if verb else said
 
 
 def invalid(field: str, given: object, expected: str) -> str:

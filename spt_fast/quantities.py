@@ -57,9 +57,9 @@ _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 
 
 def size(size_bytes: float) -> str:
-    """300 bytes, 1.2 kB, 80 GB; powers of ten."""
+    """1 byte, 300 bytes, 1.2 kB, 80 GB; powers of ten."""
     unit_bytes, unit = _unit_of(size_bytes)
-    return f"{float(f'{size_bytes / unit_bytes:.3g}'):,g} {unit}"
+    return f"{float(f'{size_bytes / unit_bytes:.3g}'):,g} {'byte' if size_bytes == 1 else unit}"
 
 
 def size_so_far(done_bytes: float, all_bytes: float) -> str:
@@ -89,7 +89,7 @@ _READ: dict[str, Callable[[float], str]] = {
     "mfu": percent,
     "share": percent,
 }
-_HEADINGS = {"hours": "time", "seconds": "time", "bytes": "size", "flops": "compute"}
+_HEADINGS = {"mb_per_s": "speed", "hours": "time", "seconds": "time", "bytes": "size", "flops": "compute"}
 
 
 def read(name: str, value: Any) -> str:
@@ -109,6 +109,6 @@ def read(name: str, value: Any) -> str:
 def heading(name: str) -> str:
     """step_s → step, evaluation_hours → evaluation, hours → time."""
     before, _, unit = name.rpartition("_")
-    if before and unit in ("s", "hours", "bytes", "flops") and name != "mb_per_s" and not before.endswith("_per"):
+    if before and unit in ("s", "hours", "bytes", "flops") and not before.endswith("_per"):
         return before.replace("_", " ")
     return _HEADINGS.get(name, name.replace("_", " "))

@@ -19,11 +19,12 @@ from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spt_fast import cli
-from spt_fast.errors import SptWarning
+from spt_fast.errors import SptWarning, counted
 from spt_fast.printing import print_facts, print_grid, print_message, print_note, print_table, set_up, terminal
 from spt_fast.progress import Screen
 from spt_fast.quantities import heading, read
 from spt_fast.report.panels import panel
+from spt_fast.study.behind import Behind
 from spt_fast.study.compare import compare
 from spt_fast.study.figures import draw_comparison
 from spt_fast.study.sweep import Swept, print_swept
@@ -114,6 +115,7 @@ def test_quantities_are_written_for_people() -> None:
         ("flops", 0, "0 FLOPs"),
         ("memory_bytes", 80e9, "80 GB"),
         ("bytes", 999, "999 bytes"),
+        ("bytes", 1, "1 byte"),
         ("tokens", 99_999, "99,999"),
         ("tokens", 999_999, "1M"),
         ("tokens_per_s", 12_345.6, "12.3K tok/s"),
@@ -128,8 +130,18 @@ def test_quantities_are_written_for_people() -> None:
         assert read(name, value) == said, (name, value)
     names = ("step_s", "evaluation_hours", "hours", "flops", "memory_bytes", "tokens_per_s", "mb_per_s", "R_gain")
     assert [*map(heading, names)] == [
-        *("step", "evaluation", "time", "compute", "memory", "tokens per s", "mb per s", "R gain")
+        *("step", "evaluation", "time", "compute", "memory", "tokens per s", "speed", "R gain")
     ]
+
+
+def test_one_of_a_kind_is_said_in_the_singular() -> None:
+    assert [counted(1, "process"), counted(2000, "process"), counted(0, "token")] == [
+        "1 process",
+        "2,000 processes",
+        "0 tokens",
+    ]
+    assert [counted(number, "token", "are") for number in (1, 2)] == ["1 token is", "2 tokens are"]
+    assert Behind(documents=1, tokens=1, standard_error=None).size == "1 document, 1 token"
 
 
 def test_every_line_goes_through_a_terminal_without_markup() -> None:

@@ -47,7 +47,7 @@ from spt_fast.data.prepare import Prepared, heldout_prefix, prepare
 from spt_fast.data.shards import TokenDataset
 from spt_fast.data.text import find_files
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
-from spt_fast.errors import DataError, MissingKey, RecipeError, SptWarning, TooFewPieces, invalid
+from spt_fast.errors import DataError, MissingKey, RecipeError, SptWarning, TooFewPieces, counted, invalid
 from spt_fast.fields import parse_yaml
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.flops import parameters, train_flops_per_token
@@ -169,8 +169,8 @@ def _warn_of_repetition(corpora: Sequence[Corpus], epochs: Mapping[str, float], 
     for corpus, times in zip(corpora, most, strict=True):
         if epochs[corpus.name] > 1.05 * times:
             warnings.warn(
-                f"{corpus.name}: its {corpus.tokens:,} tokens are read {epochs[corpus.name]:.0f} times; beyond about "
-                f"{times} epochs repetition helps little: add text, or train for fewer hours",
+                f"{corpus.name}: its {counted(corpus.tokens, 'token', 'are')} read {epochs[corpus.name]:.0f} times; "
+                f"beyond about {times} epochs repetition helps little: add text, or train for fewer hours",
                 SptWarning,
                 stacklevel=3,
             )

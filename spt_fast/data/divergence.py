@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from spt_fast.data.shards import TokenDataset, check_same_tokenizer
-from spt_fast.errors import DataError
+from spt_fast.errors import DataError, counted
 
 NGRAMS = {"unigrams": 1, "bigrams": 2, "trigrams": 3}
 MAX_TOKENS = 5_000_000
@@ -50,8 +50,8 @@ def divergence(
     longest = max(NGRAMS.values())
     if most < longest:
         raise DataError(
-            f"{a.path} has {a.num_tokens:,} tokens and {b.path} {b.num_tokens:,}: too few to compare; the first needs "
-            f"at least {longest}, the second {2 * longest}"
+            f"{a.path} has {counted(a.num_tokens, 'token')} and {b.path} {b.num_tokens:,}: too few to compare; the "
+            f"first needs at least {longest}, the second {2 * longest}"
         )
     length = min(_STRETCH, most)
     count = most // length

@@ -25,7 +25,7 @@ from tokenize import TokenError
 import numpy as np
 
 from spt_fast.data.text import is_text
-from spt_fast.errors import DataError, cut, invalid
+from spt_fast.errors import DataError, counted, cut, invalid
 from spt_fast.files import looked_in
 
 ID_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
@@ -140,7 +140,8 @@ def check_size(path: Path, expected: int, says: str) -> None:
     if found != expected:
         state = "truncated" if found < expected else "longer than it should be"
         raise DataError(
-            f"{path}: is {state}: {found:,} bytes found, {expected:,} expected from {says}; copy or make it again"
+            f"{path}: is {state}: {counted(found, 'byte')} found, {expected:,} expected from {says}; copy or make it "
+            "again"
         )
 
 
@@ -202,7 +203,8 @@ def _megatron(path: Path, index: Path) -> TokenFile:
     size = index.stat().st_size
     if size < MEGATRON_HEADER.size:
         raise DataError(
-            f"{index}: is truncated: {size} bytes found, its header alone has {MEGATRON_HEADER.size}; copy it again"
+            f"{index}: is truncated: {counted(size, 'byte')} found, its header alone has {MEGATRON_HEADER.size}; "
+            "copy it again"
         )
     with index.open("rb") as file:
         _, version, code, sequences, boundaries = MEGATRON_HEADER.unpack(file.read(MEGATRON_HEADER.size))
@@ -215,7 +217,8 @@ def _megatron(path: Path, index: Path) -> TokenFile:
     expected = MEGATRON_HEADER.size + 12 * sequences + 8 * boundaries
     if size not in (expected, expected + sequences):
         raise DataError(
-            f"{index}: is damaged: {size:,} bytes found, {expected:,} (or {expected + sequences:,} with modes) "
+            f"{index}: is damaged: {counted(size, 'byte')} found, {expected:,} (or {expected + sequences:,} with "
+            "modes) "
             f"expected from its {sequences:,} sequences and {boundaries:,} document boundaries; copy or make it again"
         )
     lengths = map_ids(index, np.dtype("<i4"), MEGATRON_HEADER.size, sequences)
@@ -256,7 +259,8 @@ def _llmc(path: Path, key: tuple[int, int]) -> TokenFile:
     size = path.stat().st_size
     if size < LLMC_HEADER_BYTES:
         raise DataError(
-            f"{path}: is truncated: {size} bytes found, its header alone has {LLMC_HEADER_BYTES}; copy it again"
+            f"{path}: is truncated: {counted(size, 'byte')} found, its header alone has {LLMC_HEADER_BYTES}; copy it "
+            "again"
         )
     with path.open("rb") as file:
         num_tokens = struct.unpack("<iii", file.read(12))[2]
@@ -288,8 +292,8 @@ def _headerless(path: Path, dtype: np.dtype) -> TokenFile:
     size = path.stat().st_size
     if size % dtype.itemsize:
         raise DataError(
-            f"{path} has {size:,} bytes, not a multiple of the {dtype.itemsize} bytes of the declared dtype {dtype}; "
-            "it is truncated, or of another dtype"
+            f"{path} has {counted(size, 'byte')}, not a multiple of the {dtype.itemsize} bytes of the declared dtype "
+            f"{dtype}; it is truncated, or of another dtype"
         )
     num_tokens = size // dtype.itemsize
     index = Path(f"{path}.index")

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from spt_fast.data.shards import TokenDataset
-from spt_fast.errors import DataError
+from spt_fast.errors import DataError, counted
 
 Half = Literal["select", "report"]
 
@@ -80,8 +80,8 @@ def heldout_stretches(
     stretches = stretches[stretches[:, 1] > stretches[:, 0]]
     if _count(stretches) < 2:
         raise DataError(
-            f"{dataset.path}: the {half} half of this held-out text has {_count(stretches)} tokens, too few to score "
-            "one; hold out more text"
+            f"{dataset.path}: the {half} half of this held-out text has {counted(_count(stretches), 'token')}, too "
+            "few to score one; hold out more text"
         )
     return stretches
 
@@ -95,8 +95,8 @@ def training_stretches(dataset: TokenDataset, context: int, limit_tokens: int | 
     most = (dataset.num_tokens - 1) // context
     if most < 1:
         raise DataError(
-            f"{dataset.path} has {dataset.num_tokens:,} tokens; a window of context {context:,} needs {context + 1:,}: "
-            "give more text or a shorter context"
+            f"{dataset.path} has {counted(dataset.num_tokens, 'token')}; a window of context {context:,} needs "
+            f"{context + 1:,}: give more text or a shorter context"
         )
     windows = most if limit_tokens is None else min(most, max(1, limit_tokens // context))
     last_start = dataset.num_tokens - (context + 1)

@@ -20,7 +20,7 @@ import torch
 from spt_fast import native
 from spt_fast.data.order import SampleOrder
 from spt_fast.data.shards import TokenDataset, stamp_of
-from spt_fast.errors import DataError, RecipeError
+from spt_fast.errors import DataError, RecipeError, counted
 
 PREFETCHED_STEPS = 2
 ADVISED_STEPS = 8
@@ -78,8 +78,8 @@ class Loader:
             )
         if order.sequences % (micro * world):
             raise RecipeError(
-                f"batch.sequences: {order.sequences} does not divide into {world} processes of micro-batches of "
-                f"{micro}; choose a multiple of {micro * world}"
+                f"batch.sequences: {order.sequences} does not divide into {counted(world, 'process')} of "
+                f"micro-batches of {micro}; choose a multiple of {micro * world}"
             )
         for name in order.mixture.sources:
             if name not in datasets or name not in order.rings:

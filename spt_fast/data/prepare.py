@@ -157,8 +157,8 @@ def prepare(
         _say_share(writers[1].num_bytes, sum(writer.num_bytes for writer in writers), heldout)
     if ends_inside:
         warnings.warn(
-            f"{out}: {ends_inside:,} documents hold the token that ends documents in their text; a model sees an end "
-            "there, while the dataset records the real ends",
+            f"{out}: {counted(ends_inside, 'document', 'hold')} the token that ends documents in their text; a model "
+            "sees an end there, while the dataset records the real ends",
             SptWarning,
             stacklevel=2,
         )

@@ -21,7 +21,7 @@ import numpy as np
 
 from spt_fast import native
 from spt_fast.data.shuffle import MAX_SIZE, ROUNDS, Permutation, derive_key, epoch_key
-from spt_fast.errors import DataError
+from spt_fast.errors import DataError, counted
 
 
 class Ring:
@@ -33,7 +33,7 @@ class Ring:
     def __init__(self, num_tokens: int, context: int, seed: int, source_name: str) -> None:
         if num_tokens <= context:
             raise DataError(
-                f"source {source_name!r} has {num_tokens:,} tokens: a corpus shorter than one window of "
+                f"source {source_name!r} has {counted(num_tokens, 'token')}: a corpus shorter than one window of "
                 f"{context + 1:,} (context {context:,} and the next token); give it more text, or the batch a context "
                 f"of at most {num_tokens - 1:,}"
             )

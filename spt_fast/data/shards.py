@@ -27,7 +27,7 @@ import numpy as np
 from spt_fast.data import formats
 from spt_fast.data.joined import JoinedTokens
 from spt_fast.data.text import HELD_OUT
-from spt_fast.errors import DataError, SptWarning, cut, invalid
+from spt_fast.errors import DataError, SptWarning, counted, cut, invalid
 from spt_fast.files import sync
 from spt_fast.locks import locked
 from spt_fast.outputs import run_around
@@ -185,7 +185,7 @@ class TokenDataset:
         cut; `num_bytes` is None, since bytes are recorded only for the whole. DataError if `tokens` < 1.
         """
         if tokens < 1:
-            raise DataError(f"{self.path}: a limit of {tokens} tokens leaves nothing; give at least 1")
+            raise DataError(f"{self.path}: a limit of {counted(tokens, 'token')} leaves nothing; give at least 1")
         if tokens >= self.num_tokens:
             return self
         ends = self.document_ends

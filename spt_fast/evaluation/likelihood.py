@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from spt_fast.data.base_tokenizer import BaseTokenizer, check_rows
 from spt_fast.data.hf_tokenizer import HFTokenizer
-from spt_fast.errors import SptError, SptWarning, invalid
+from spt_fast.errors import SptError, SptWarning, counted, invalid
 from spt_fast.model.generate import NOT_FINITE
 from spt_fast.model.gpt import GPT
 from spt_fast.progress import progress_of
@@ -170,15 +170,15 @@ class TextModel:
         cut = sum(len(row) > self.context + 1 for row in rows)
         if cut:
             warnings.warn(
-                f"context: {cut:,} of {len(rows):,} texts are longer than {self.context:,} tokens and lost their "
-                "beginning",
+                f"context: {cut:,} of {counted(len(rows), 'text', 'are')} longer than "
+                f"{counted(self.context, 'token')} and lost their beginning",
                 SptWarning,
                 stacklevel=2,
             )
         rows = [row[-self.context - 1 :] for row in rows]
         left = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         found: dict[int, Likelihood] = {}
-        with progress_of(f"score {len(rows):,} texts", sum(map(len, rows)), show=self.progress) as advance:
+        with progress_of(f"score {counted(len(rows), 'text')}", sum(map(len, rows)), show=self.progress) as advance:
             while left:
                 T = len(rows[left[0]]) - 1
                 fit = min(TOKENS_AT_A_TIME // T, LOGITS_BYTES // (4 * T * self._model.config.vocab_size))
@@ -234,7 +234,7 @@ class TextModel:
         # Special tokens may be invisible in the text.
         last = {*self._stops, *(named[stop] for stop in until if stop in named)}
         found: dict[int, str] = {}
-        with progress_of(f"continue {len(rows):,} texts", len(rows), show=self.progress) as advance:
+        with progress_of(f"continue {counted(len(rows), 'text')}", len(rows), show=self.progress) as advance:
             for first in range(0, len(rows), size):
                 left = [*range(first, min(first + size, len(rows)))]
                 for made in range(0, tokens, LOOK_EVERY):

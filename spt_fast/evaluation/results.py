@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from spt_fast.errors import CheckpointError, SptWarning, cut
+from spt_fast.errors import CheckpointError, SptWarning, counted, cut
 from spt_fast.files import write_text
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ class Settings:
         """In words, without the version."""
         begin = "no begin-of-text id" if self.bos is None else f"begin-of-text id {self.bos}"
         limit = "" if self.limit is None else f"limit {self.limit:,}, "
-        return f"{self.library}, {self.num_fewshot} examples, {limit}context {self.context:,}, {begin}, in {self.dtype}"
+        shown = counted(self.num_fewshot, "example")
+        return f"{self.library}, {shown}, {limit}context {self.context:,}, {begin}, in {self.dtype}"
 
 
 def settings_of(model: TextModel, *, version: str, library: str, num_fewshot: int, limit: int | None) -> Settings:

@@ -81,7 +81,7 @@ def scored(
     data = TokenDataset.open(prefix, dtype)
     data.verify(SAMPLED_BLOCKS)
     if data.num_tokens < 2:
-        raise DataError(f"{prefix}: holds {data.num_tokens} tokens; at least two are needed to score one")
+        raise DataError(f"{prefix}: holds {counted(data.num_tokens, 'token')}; at least two are needed to score one")
     theirs = tokenizer_digest(weights)
     same = None if None in (theirs, data.tokenizer_digest) else theirs == data.tokenizer_digest
     if same is False:
@@ -185,7 +185,7 @@ def print_scores(weights: Path, scored: Mapping[str, Scored], console: Console) 
         documents = "documents not recorded" if s.documents is None else counted(s.documents, "document")
         where = "inside documents" if s.inside_documents else "across documents"
         unknown = "" if s.same_tokenizer else "; whether its ids come from the weights' tokenizer is not recorded"
-        how = f"windows of {s.context:,} tokens, in {s.dtype}, attention {where}"
+        how = f"windows of {counted(s.context, 'token')}, in {s.dtype}, attention {where}"
         print_note(console, f"{prefix}: {documents}, {how}{unknown}")
         if s.reported is not None:
             half = f"on its report half the run reported {s.reported:.4g}; it is {s.rescored:.4g} here"

@@ -10,7 +10,7 @@ from types import ModuleType
 from rich.console import Console
 
 from spt_fast import __version__
-from spt_fast.errors import DataError, SptError, SptWarning, invalid
+from spt_fast.errors import DataError, SptError, SptWarning, counted, invalid
 from spt_fast.evaluation import questions as own
 from spt_fast.evaluation.likelihood import TextModel
 from spt_fast.evaluation.results import FEW_QUESTIONS, Metric, TaskResult, save, settings_of
@@ -68,8 +68,8 @@ def score_tasks(
         save(result, weights, model.tokenizer_digest)
         if result.questions < FEW_QUESTIONS:
             warnings.warn(
-                f"{result.task}: {result.questions} questions are few; differences below two standard errors mean "
-                "nothing",
+                f"{result.task}: {counted(result.questions, 'question', 'are')} few; differences below two standard "
+                "errors mean nothing",
                 SptWarning,
                 stacklevel=2,
             )

@@ -57,7 +57,7 @@ class Behind:
     def size(self) -> str:
         """Such as "12 documents, 3,456 tokens"; empty if neither is known."""
         documents = [] if self.documents is None else [counted(self.documents, "document")]
-        return ", ".join(documents + ([] if self.tokens is None else [f"{self.tokens:,} tokens"]))
+        return ", ".join(documents + ([] if self.tokens is None else [counted(self.tokens, "token")]))
 
     def __str__(self) -> str:
         """Such as "12 documents, 3,456 tokens, standard error 0.020"."""

@@ -48,7 +48,7 @@ from spt_fast.config import Recipe, recipe_from
 from spt_fast.data.loader import Batch, Loader
 from spt_fast.data.mixture import Mixture
 from spt_fast.data.order import SampleOrder
-from spt_fast.errors import CheckpointError, RecipeError, invalid, nearest
+from spt_fast.errors import CheckpointError, RecipeError, counted, invalid, nearest
 from spt_fast.files import write_text
 from spt_fast.model.flops import parameters
 from spt_fast.printing import as_json, print_note, print_table
@@ -184,8 +184,8 @@ def _reweight(
     skipped, steps = study.state.step - study.state.counted, study.state.step
     if too_many_skipped(skipped, steps):
         raise Diverged(
-            f"{skipped} of {steps} steps were skipped, because a loss or gradient was not finite; lower optimizer.lr "
-            "or lengthen schedule.warmup, and give another folder"
+            f"{skipped} of {counted(steps, 'step', 'were')} skipped, because a loss or gradient was not finite; "
+            "lower optimizer.lr or lengthen schedule.warmup, and give another folder"
         )
     result = study.result()
     write_text(done, json.dumps(as_json(result), indent=1))

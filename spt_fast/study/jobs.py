@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 from spt_fast.config import Recipe, load_recipe
-from spt_fast.errors import RecipeError
+from spt_fast.errors import RecipeError, counted
 from spt_fast.progress import Line, Screen, time_left
 from spt_fast.quantities import duration
 from spt_fast.train.folder import summary_of
@@ -239,7 +239,7 @@ class _Display(Screen):
         share = self._share(unfinished, states)
         elapsed_s = time.monotonic() - self._began_s
         parts = [
-            f"{len(self._recipes) - len(unfinished)} of {len(self._recipes)} runs done",
+            f"{len(self._recipes) - len(unfinished)} of {counted(len(self._recipes), 'run')} done",
             _percent(share),
             time_left(elapsed_s, share - self._share_before, 1 - share),
             f"{duration(elapsed_s)} so far",

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from spt_fast.config import Model, Recipe, Source
 from spt_fast.data.shards import TokenDataset
-from spt_fast.errors import DataError, RecipeError, invalid
+from spt_fast.errors import DataError, RecipeError, counted, invalid
 from spt_fast.fields import parse_yaml, paths
 from spt_fast.files import write_text
 from spt_fast.printing import print_facts, print_named
@@ -88,8 +88,8 @@ def _check_domain(study: Study) -> None:
         if limit is not None and limit > held:
             field = "simulate" if study.simulate else "domain_tokens"
             raise RecipeError(
-                f"{field}: asks for {limit:,} tokens, but {source['train']} has {held:,}; write that or less, or "
-                "`domain_tokens: all` (`--set domain_tokens=all`)"
+                f"{field}: asks for {counted(limit, 'token')}, but {source['train']} has {held:,}; write that or "
+                "less, or `domain_tokens: all` (`--set domain_tokens=all`)"
             )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from spt_fast.errors import CheckpointError
+from spt_fast.errors import CheckpointError, counted
 from spt_fast.evaluation.results import FEW_QUESTIONS, FOLDER, Metric, Settings, TaskResult, results_of, standard_error
 from spt_fast.train.folder import recipe_of, summary_of
 from spt_fast.train.lineage import parent_of
@@ -98,7 +98,9 @@ def _table(task: str, after: dict[str, Results], before: dict[str, Results]) -> 
             notes.append(f"{run}: its starting weights are left out: {_missing(task, settings, before[run])}")
     first = after[found[0]][key]
     if first.questions < FEW_QUESTIONS:
-        notes.append(f"{first.questions} questions are few; differences below two standard errors may be chance")
+        notes.append(
+            f"{counted(first.questions, 'question', 'are')} few; differences below two standard errors may be chance"
+        )
     scores = []
     for run in found:
         start = before[run].get(key)
@@ -177,4 +179,4 @@ def _figure(figure: Metric | Difference | None, sign: str, plus_minus: str) -> s
 
 def title_of(table: TaskTable) -> str:
     """The caption of a table."""
-    return f"{table.task}: {table.questions:,} questions, {table.settings.says}"
+    return f"{table.task}: {counted(table.questions, 'question')}, {table.settings.says}"

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_hashable
 
-from spt_fast.errors import DataError, invalid, some
+from spt_fast.errors import DataError, counted, invalid, some
 from spt_fast.laws.columns import ALIKE, SHARE, check, require_columns
 from spt_fast.study.settings import NUMBERS as SETTING_NUMBERS
 from spt_fast.study.settings import beaten, in_words, settings_of, varied, with_settings
@@ -89,7 +89,7 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
         broken = unknown & ~unknown.groupby([rows[key] for key in STAGE]).transform("all")
         if broken.any():
             notes.append(
-                f"left out, because {name} is not a number: {broken.sum()} evaluations of "
+                f"left out, because {name} is not a number: {counted(int(broken.sum()), 'evaluation')} of "
                 f"{some(rows['run'][broken].unique())}"
             )
     rows[SHARES] = rows[SHARES].round(DIGITS)

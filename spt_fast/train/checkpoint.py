@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spt_fast.errors import CheckpointError, cut, invalid
+from spt_fast.errors import CheckpointError, counted, cut, invalid
 from spt_fast.files import is_temporary, sync, with_usual_mode, write_text
 from spt_fast.model.stored import Stored, contents, fill
 from spt_fast.printing import as_json
@@ -231,7 +231,9 @@ def read(path: Path) -> dict[str, Any]:
             if not file.exists():
                 raise CheckpointError(f"{path}: {name} is missing")
             if file.stat().st_size != facts["bytes"]:
-                raise CheckpointError(f"{path}: {name} has {file.stat().st_size} bytes instead of {facts['bytes']}")
+                raise CheckpointError(
+                    f"{path}: {name} has {counted(file.stat().st_size, 'byte')} instead of {facts['bytes']}"
+                )
             if _sha256(file) != facts["sha256"]:
                 raise CheckpointError(f"{path}: {name} does not match its hash")
         unlisted = {file.name for file in path.glob("*.safetensors")} - set(manifest["files"])

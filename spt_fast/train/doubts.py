@@ -51,7 +51,8 @@ def _twins(plan: Plan) -> list[str]:
 
 def _limits(plan: Plan) -> list[str]:
     return [
-        f"sources.{name}.limit_tokens: {limit:,} is less than the first document, so its {tokens:,} tokens are read"
+        f"sources.{name}.limit_tokens: {limit:,} is less than the first document, so its "
+        f"{counted(tokens, 'token', 'are')} read"
         for name, source in plan.recipe.sources.items()
         if (limit := source.limit_tokens) and (tokens := plan.train[name].num_tokens) > limit
     ]
@@ -63,8 +64,8 @@ def _repetitions(plan: Plan) -> list[str]:
         for name, n in planned.windows(planned.steps).items():
             epochs[name] = epochs.get(name, Fraction(0)) + planned.rings[name].epochs(n)
     return [
-        f"sources.{name}: its {plan.train[name].num_tokens:,} tokens are read {times:,.0f} times; beyond about "
-        f"{MOST_EPOCHS} repetitions nothing more is learned: take more text, or train on fewer tokens"
+        f"sources.{name}: its {counted(plan.train[name].num_tokens, 'token', 'are')} read {times:,.0f} times; beyond "
+        f"about {MOST_EPOCHS} repetitions nothing more is learned: take more text, or train on fewer tokens"
         for name, times in zip(epochs, map(float, epochs.values()), strict=True)
         if times > MOST_EPOCHS
     ]
@@ -76,8 +77,8 @@ def _evaluations(plan: Plan) -> list[str]:
         trained, evaluated = planned.tokens * len(planned.phase.arms()), evaluated_tokens(plan, planned.index)
         if evaluated * FORWARD_SHARE > trained:
             found.append(
-                f"phases[{planned.phase.name}].eval: evaluations score {evaluated:,} tokens, which takes longer than "
-                f"training on {trained:,}; write fewer `tokens` there, or a longer `every`"
+                f"phases[{planned.phase.name}].eval: evaluations score {counted(evaluated, 'token')}, which takes "
+                f"longer than training on {trained:,}; write fewer `tokens` there, or a longer `every`"
             )
     return found
 
@@ -124,13 +125,14 @@ def _spans(plan: Plan) -> list[str]:
             if span.unit == "tokens" and 0 < span.amount < step:
                 found.setdefault(
                     field,
-                    f"{field}: {span} tokens are less than a step of {step:,}, so it is one step; "
-                    f"write `{span} steps` if steps are meant",
+                    f"{field}: {counted(int(span.amount), 'token', 'are')} less than a step of {step:,}, so it is "
+                    f"one step; write `{span} steps` if steps are meant",
                 )
         for field, tokens in (("tokens", phase.tokens), ("schedule.horizon", phase.schedule.horizon)):
             if tokens and tokens < step:
                 found[f"{where}.{field}"] = (
-                    f"{where}.{field}: {tokens:,} tokens are less than a step of {step:,}; it counts tokens, not steps"
+                    f"{where}.{field}: {counted(tokens, 'token', 'are')} less than a step of {step:,}; it counts "
+                    "tokens, not steps"
                 )
     return list(found.values())
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from spt_fast.config import Phase
+from spt_fast.errors import counted
 from spt_fast.train.state import ArmResult, TrainState
 
 MAX_SKIPPED_IN_A_ROW = 20
@@ -30,7 +31,8 @@ def too_many_skipped(skipped: int, steps: int) -> bool:
 def failure(arm: ArmResult) -> str | None:
     """Why a finished arm's weights are unusable; None if they are not."""
     if too_many_skipped(arm.skipped, arm.steps):
-        return f"{arm.skipped} of {arm.steps} steps were skipped, because the loss or its gradient was not finite"
+        skipped = f"{arm.skipped} of {counted(arm.steps, 'step', 'were')} skipped"
+        return f"{skipped}, because the loss or its gradient was not finite"
     for split, losses in (("held-out", arm.heldout), ("select", arm.select), ("training", arm.training)):
         for source, loss in losses.items():
             if not math.isfinite(loss):

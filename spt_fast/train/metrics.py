@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from spt_fast.errors import CheckpointError
+from spt_fast.errors import CheckpointError, counted
 from spt_fast.printing import as_json, middle
 from spt_fast.progress import Steps, clock
 from spt_fast.quantities import percent, read
@@ -48,8 +48,8 @@ class RunLog(Steps):
             self.say("no checkpoint to resume from: starting at the first step")
         if whole_bytes < keep_bytes:
             self.say(
-                f"warning: {path}: has {whole_bytes:,} of the {keep_bytes:,} bytes written before the checkpoint; the "
-                "records of some steps are lost"
+                f"warning: {path}: has {whole_bytes:,} of the {counted(keep_bytes, 'byte')} written before the "
+                "checkpoint; the records of some steps are lost"
             )
 
     def begin_arm(self, planned: PhasePlan, arm: int, step: int) -> None:

@@ -26,7 +26,7 @@ from spt_fast.data.order import SampleOrder, check_every_source_is_drawn
 from spt_fast.data.ring import Ring
 from spt_fast.data.shards import SAMPLED_BLOCKS, TokenDataset
 from spt_fast.data.tokenizer import Tokenizer, check_alike
-from spt_fast.errors import DataError, RecipeError, invalid, shown
+from spt_fast.errors import DataError, RecipeError, counted, invalid, shown
 from spt_fast.fields import naming
 from spt_fast.kernels import fp8
 from spt_fast.model.flops import train_flops_per_token
@@ -437,8 +437,8 @@ def _check_batch(phase: Phase, where: str, world: int) -> None:
     sequences, micro = phase.batch.sequences, phase.batch.micro or 1
     if sequences % (micro * world):
         raise RecipeError(
-            f"{where}.batch.sequences: {sequences} does not divide among {world} processes with micro-batches of "
-            f"{micro}; choose a multiple of {micro * world}"
+            f"{where}.batch.sequences: {sequences} does not divide among {counted(world, 'process')} with "
+            f"micro-batches of {micro}; choose a multiple of {micro * world}"
         )
 
 

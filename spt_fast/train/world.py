@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spt_fast.errors import FailedElsewhere, RecipeError, invalid
+from spt_fast.errors import FailedElsewhere, RecipeError, counted, invalid
 from spt_fast.model.stored import unread
 
 Result = TypeVar("Result")
@@ -174,8 +174,8 @@ def join_world(*, process_group: bool) -> World:
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise RecipeError(
-                f"launch: this host has {torch.cuda.device_count()} GPUs and process {local_rank} would need one more; "
-                "start one process per GPU"
+                f"launch: this host has {counted(torch.cuda.device_count(), 'GPU')} and process {local_rank} would "
+                "need one more; start one process per GPU"
             )
         torch.cuda.set_device(local_rank)
     device = pick_device()

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from spt_fast.config import Engine, Phase
 from spt_fast.data.loader import Batch
-from spt_fast.errors import RecipeError, invalid, shown
+from spt_fast.errors import RecipeError, counted, invalid, shown
 from spt_fast.kernels import keep_freed_memory, return_freed_memory
 from spt_fast.model.gpt import GPT
 from spt_fast.model.memory import REDUCE_BUCKET
@@ -62,7 +62,7 @@ class ZeroEngine:
         self._engine: Any = None
 
     def describe(self) -> str:
-        return f"{self.device.type}, {self.world.size} processes, ZeRO stage {self.settings.stage}"
+        return f"{self.device.type}, {counted(self.world.size, 'process')}, ZeRO stage {self.settings.stage}"
 
     def untie(self) -> None:
         self.config = dataclasses.replace(self.config, tied=False)

@@ -180,7 +180,7 @@ def test_llmc_of_another_size_than_its_header_says(tmp_path: Path, count: int) -
 def test_llmc_cut_inside_its_header(tmp_path: Path, size: int) -> None:
     write_llmc(tmp_path / "d.bin", IDS)
     os.truncate(tmp_path / "d.bin", size)
-    with pytest.raises(DataError, match=f"{size} bytes found, its header alone has 1024"):
+    with pytest.raises(DataError, match=f"{size:,} bytes found, its header alone has 1024"):
         TokenDataset.open(tmp_path / "d")
 
 

@@ -149,7 +149,8 @@ def test_a_half_is_its_documents_in_order_cut_at_the_limit(tmp_path: Path) -> No
 @pytest.mark.parametrize("limit", [0, 1])
 def test_a_half_too_short_to_score_is_refused(tmp_path: Path, limit: int) -> None:
     dataset = dataset_of(tmp_path / "d", random_documents(5, 200))
-    with pytest.raises(DataError, match=rf"select half of this held-out text has {limit} tokens"):
+    tokens = "1 token" if limit == 1 else f"{limit} tokens"
+    with pytest.raises(DataError, match=f"select half of this held-out text has {tokens}, too few"):
         heldout_tokens(dataset, "select", limit)
     tiny = dataset_of(tmp_path / "tiny", [np.array([1, 2])])
     with pytest.raises(DataError, match="report half"):

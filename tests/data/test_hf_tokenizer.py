@@ -110,7 +110,7 @@ def test_prepare_begins_and_ends_documents_by_the_tokens_named(folders: dict[str
     inputs, folder = write_jsonl(tmp_path / "a.jsonl", texts), folders["byte_level"]
     with pytest.warns(SptWarning) as said:
         prepare(inputs, tmp_path / "d", folder, workers=2, progress=False)
-    words = ("begins every text with '<|begin|>'", "1 documents hold the token that ends documents in their text")
+    words = ("begins every text with '<|begin|>'", "1 document holds the token that ends documents in their text")
     assert len(said) == 2
     assert all(part in str(one.message) for part, one in zip(words, said, strict=True))
     own = Tokenizer.load(folder)
@@ -118,7 +118,7 @@ def test_prepare_begins_and_ends_documents_by_the_tokens_named(folders: dict[str
     data = TokenDataset.open(tmp_path / "d")
     assert (data.tokenizer_digest, data.eos_id, data.bos_id) == (own.digest, own.eos_id, None)
     assert "bos_id" not in (data.metadata or {})
-    with pytest.warns(SptWarning, match="1 documents hold") as said:
+    with pytest.warns(SptWarning, match="1 document holds") as said:
         prepare(inputs, tmp_path / "e", folder / "tokenizer.json", eos="<tool>", bos=hf_tokenizers.BOS, progress=False)
     assert len(said) == 1, "a token that begins documents is named"
     tool, begin = (own.named_tokens()[name] for name in ("<tool>", hf_tokenizers.BOS))
