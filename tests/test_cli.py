@@ -16,6 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import spt_fast as spt
 from spt_fast import cli, fields
 from spt_fast.cli import flags
 from spt_fast.cli.flags import in_flags
@@ -23,7 +24,7 @@ from spt_fast.cli.program import checkpoint_app, tokenizer_app
 from spt_fast.data import tokenizer
 from spt_fast.errors import LONGEST, RecipeError, SptError
 from spt_fast.model.gpt import GPT, GPTConfig
-from spt_fast.study import figures, fits
+from spt_fast.study import doge, figures, findings, fits
 from spt_fast.train import metrics
 from tests import tiny
 
@@ -359,3 +360,25 @@ def test_quiet_and_verbose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         said = capsys.readouterr().err
         assert "Traceback" in said
         assert "\nspt-fast: run: folder" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "files"),
+    [
+        (("compare", "a", "b"), ["comparison.png", "comparison.json"]),
+        (("fit", "a"), ["fits.json"]),
+        (("reweight", "recipe.yaml"), ["weights.json"]),
+    ],
+)
+def test_what_out_wrote_is_named(
+    words: tuple[str, ...], files: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module, name in (
+        *((spt, name) for name in ("compare", "fit", "load_recipe")),
+        *((findings, name) for name in ("print_comparison", "print_fits")),
+        *((doge, name) for name in ("reweight", "print_reweighting")),
+    ):
+        monkeypatch.setattr(module, name, lambda *given, **more: None)
+    monkeypatch.setattr(sys, "argv", ["spt-fast", *words, "--out", "there"])
+    cli.app(standalone_mode=False)
+    assert re.findall(r"there/(\S+):", capsys.readouterr().out) == files

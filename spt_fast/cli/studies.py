@@ -49,7 +49,14 @@ def compare(
     from spt_fast.study.findings import print_comparison
 
     result = spt.compare(runs, out=out_folder)
-    print_json(result) if as_json else print_comparison(result, out)
+    if as_json:
+        print_json(result)
+        return
+    print_comparison(result, out)
+    if out_folder:
+        print_note(
+            out, f"{out_folder / 'comparison.png'}: the picture; {out_folder / 'comparison.json'}: exact numbers"
+        )
 
 
 @app.command(
@@ -143,7 +150,12 @@ def fit(
     from spt_fast.study.findings import print_fits
 
     found = spt.fit(runs, law, domain_source=domain_source, general_source=general_source, out=out_folder)
-    print_json(found) if as_json else print_fits(found, out, every_parameter=law is not None)
+    if as_json:
+        print_json(found)
+        return
+    print_fits(found, out, every_parameter=law is not None)
+    if out_folder:
+        print_note(out, f"{out_folder / 'fits.json'}: exact numbers")
 
 
 @app.command(epilog=example("spt-fast advise --domain-tokens 30M --budget 20B --model 1b --runs studies/chem"))
@@ -248,7 +260,12 @@ def reweight(
     from spt_fast.study import doge
 
     loaded = spt.load_recipe(recipe, overrides or ())
-    result = doge.reweight(loaded, out_folder or Path(f"{loaded.run}-reweight"), target=target, resume=resume)
+    folder = out_folder or Path(f"{loaded.run}-reweight")
+    result = doge.reweight(loaded, folder, target=target, resume=resume)
     if isinstance(result, doge.Stopped):
         raise stopped(result.reason)
-    print_json(result) if as_json else doge.print_reweighting(result, str(recipe), out)
+    if as_json:
+        print_json(result)
+        return
+    doge.print_reweighting(result, str(recipe), out)
+    print_note(out, f"{folder / 'weights.json'}: exact numbers")
