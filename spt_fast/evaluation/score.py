@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -59,11 +58,6 @@ class Scored:
     """The loss on the report half that the run reported, if this is held-out text of the run."""
     rescored: float | None
     """The loss on that half as scored here; equal up to rounding."""
-
-
-def score(weights: Path, prefix: Path, **options: Any) -> dict[str, Any]:
-    """`scored` as a dict."""
-    return asdict(scored(weights, prefix, **options))
 
 
 def scored(

@@ -196,15 +196,11 @@ class Generated:
     """Whether a token that ends a text was drawn; `text` leaves it out."""
 
 
-def generate_text(path: Path, prompt: str, tokens: int, *, tokenizer: str | Path | None = None, **sampling: Any) -> str:
-    """Text that continues `prompt`, or begins a document if it is empty; `sampling` as in `GPT.generate`."""
-    return next(generate_texts(path, [prompt], tokens, tokenizer=tokenizer, **sampling)).text
-
-
 def generate_texts(
     path: Path, prompts: Iterable[str], tokens: int, *, tokenizer: str | Path | None = None, **sampling: Any
 ) -> Iterator[Generated]:
-    """`generate_text` for each prompt, in order, `AT_A_TIME` in a batch."""
+    """Text that continues each prompt, or begins a document if that is empty; in order, `AT_A_TIME` in a batch.
+    `sampling` is that of `GPT.generate`."""
     weights = chosen(path)
     encoding = tokenizer_for(weights, tokenizer)
     model, eos, waiting = load_model(weights).to(pick_device()), encoding.eos_id, iter(prompts)

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import tokenizers
 
+import spt_fast as spt
 from spt_fast.config import recipe_from
 from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.data.prepare import prepare
 from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer
 from spt_fast.errors import CheckpointError, DataError, RecipeError, SptWarning
 from spt_fast.evaluation.likelihood import TextModel
-from spt_fast.evaluation.score import score
+from spt_fast.evaluation.score import scored
 from spt_fast.model import hf
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train.doubts import doubts
@@ -29,7 +30,7 @@ from spt_fast.train.evaluate import evaluation_texts
 from spt_fast.train.merge import merge
 from spt_fast.train.origin import Origin, origin_of
 from spt_fast.train.plan import make_plan
-from spt_fast.train.release import export, generate_text, take_over, tokenizer_of
+from spt_fast.train.release import export, take_over, tokenizer_of
 from spt_fast.train.run import run
 from spt_fast.train.weights import read_config
 from tests import hf_tokenizers, tiny
@@ -89,7 +90,7 @@ def test_a_token_that_begins_documents_is_kept_and_reported(tmp_path: Path, base
     begun = [TextModel.load(*given).bos for given in ((out,), (base,))]
     assert [*begun, TextModel.load(base, bos="<tool>").bos] == [own.bos_id, own.usual_bos_id, own.bos_id]
     with pytest.warns(SptWarning) as said:
-        score(out, tmp_path / "text", progress=False)
+        scored(out, tmp_path / "text", progress=False)
     tool = own.bos_id  # which ends the documents there
     assert [str(one.message).split("; ")[0] for one in said] == [
         f"{tmp_path / 'text'}: has eos_id {tool}, but the weights' training text has {own.eos_id}",
@@ -118,7 +119,7 @@ def test_a_token_that_begins_documents_is_kept_and_reported(tmp_path: Path, base
 def test_metadata_of_another_type_is_named(tmp_path: Path, base: Path, field: str, value: object) -> None:
     hf.save(*hf.load(base), tmp_path / "out", metadata={"spt_fast": json.dumps({field: value})}, like=base)
     with pytest.raises(CheckpointError, match=rf"out: its metadata is damaged \({field} is {value!r}\); copy it again"):
-        generate_text(tmp_path / "out", "fox", 1)
+        spt.generate(tmp_path / "out", "fox", 1)
 
 
 def special_ids(folder: Path) -> dict[str, Any]:
@@ -161,10 +162,10 @@ def test_the_files_of_a_base_are_copied_to_the_run_its_weights_and_its_exports(
     assert exported is not None
     assert exported.eos_id == own.eos_id, "that of the data"
     prompt = f"<tool>{hf_tokenizers.BOS}the fox"
-    text = generate_text(folder, prompt, 4, temperature=0)
+    text = spt.generate(folder, prompt, 4, temperature=0)[0].text
     assert text.startswith(prompt), "its tokens are read out of a prompt, and shown"
-    assert generate_text(tmp_path / "out" / "second", prompt, 4, temperature=0) == text
-    assert score(tmp_path / "out" / "second", tmp_path / "text.heldout")["same_tokenizer"]
+    assert spt.generate(tmp_path / "out" / "second", prompt, 4, temperature=0)[0].text == text
+    assert scored(tmp_path / "out" / "second", tmp_path / "text.heldout").same_tokenizer
     again = raw | {"run": str(tmp_path / "again"), "init": str(folder / "weights" / "second")}
     plan = make_plan(recipe_from(again))
     assert plan.tokenizer is not None
@@ -248,7 +249,7 @@ def test_a_base_with_a_separate_head_stays_untied(
 
 
 def test_a_base_knows_its_tokenizer(tmp_path: Path, base: Path, raw: dict[str, Any]) -> None:
-    assert score(base, tmp_path / "text.heldout")["same_tokenizer"]
+    assert scored(base, tmp_path / "text.heldout").same_tokenizer
     ranks = Tokenizer({bytes([byte]): byte for byte in range(256)}, PATTERN, {EOS: 256})
     for kind, tokenizer in (("ranks", ranks), ("nfc", hf_tokenizers.write(tmp_path / "nfc", "nfc"))):
         prepare(tmp_path / "text.jsonl", tmp_path / kind, tokenizer, workers=1, progress=False)
@@ -257,7 +258,7 @@ def test_a_base_knows_its_tokenizer(tmp_path: Path, base: Path, raw: dict[str, A
         with pytest.raises(RecipeError, match=says):
             make_plan(recipe_from(wrong))
         with pytest.raises(DataError, match="was made with another tokenizer"):
-            score(base, tmp_path / kind)
+            scored(base, tmp_path / kind)
     with pytest.raises(RecipeError, match=r"init: .* than the recipe's tokenizer .*nfc .*leave `tokenizer` out"):
         make_plan(recipe_from(raw | {"tokenizer": str(tmp_path / "nfc")}))
     assert make_plan(recipe_from(raw | {"tokenizer": str(base / "tokenizer.json")})).tokenizer is not None
@@ -268,7 +269,7 @@ def test_a_base_knows_its_tokenizer(tmp_path: Path, base: Path, raw: dict[str, A
 
     (tmp_path / "data").mkdir()
     with pytest.raises(CheckpointError, match=r"data/config\.json: no such file; a Hugging Face model folder has one"):
-        generate_text(tmp_path / "data", "fox", 1)
+        spt.generate(tmp_path / "data", "fox", 1)
     (base / "tokenizer.json").rename(tmp_path / "kept")
     foreign = make_plan(recipe_from(raw))
     assert foreign.tokenizer is None, "nothing is known"
@@ -276,7 +277,7 @@ def test_a_base_knows_its_tokenizer(tmp_path: Path, base: Path, raw: dict[str, A
     with pytest.raises(
         DataError, match=r"tokenizer: .*base/tokenizer.model belongs to a slow tokenizer, .*save_pretrained"
     ):
-        generate_text(base, "fox", 1)
+        spt.generate(base, "fox", 1)
     with pytest.raises(CheckpointError, match=r"gone/base: is not a folder; .*`hf download gone/base"):
         make_plan(recipe_from(raw | {"init": "gone/base"}))
 
@@ -302,9 +303,9 @@ def test_a_base_whose_tokenizer_has_more_ids_than_rows_is_used_with_text_that_la
             use(tmp_path / "run" / "weights" / "pretrain")
     for weights in (base, tmp_path / "run", tmp_path / "merged", tmp_path / "taken"):
         with pytest.warns(SptWarning, match=says):
-            assert generate_text(weights, "fox <44>", 2, temperature=0).startswith("fox <44>")
+            assert spt.generate(weights, "fox <44>", 2, temperature=0)[0].text.startswith("fox <44>")
         with pytest.raises(DataError, match=r"text holds '<45>', id 448, but the weights have rows for 448 ids: leave"):
-            generate_text(weights, "fox <45>", 2)
+            spt.generate(weights, "fox <45>", 2)
     model = TextModel.load(base)
     for ask in (
         lambda text: model.likelihoods([model.pair("fox", text)]),
@@ -316,11 +317,11 @@ def test_a_base_whose_tokenizer_has_more_ids_than_rows_is_used_with_text_that_la
     write_jsonl(tmp_path / "more.jsonl", ["fox <45>", *documents(60)])
     prepare(tmp_path / "more.jsonl", tmp_path / "text", base, workers=1, progress=False)
     with pytest.raises(DataError, match=r"text: holds token id 448, the model's .* without tokens that they lack"):
-        score(base, tmp_path / "text")
+        scored(base, tmp_path / "text")
     with pytest.raises(DataError, match=r"sources\.text\.train: .* holds token id 448, outside the vocabulary of 448"):
         make_plan(recipe_from(raw | {"sources": {"text": {"train": str(tmp_path / "text")}}}))
     other = hf_tokenizers.write(tmp_path / "nfc", "nfc")
-    for use in (generate_text, export):
+    for use in (spt.generate, export):
         with pytest.raises(CheckpointError, match=r"nfc .* is not the one that the weights at .* were trained with"):
             use(tmp_path / "run", *([tmp_path / "again"] if use is export else ["fox", 1]), tokenizer=other)
 
@@ -337,7 +338,7 @@ def test_an_unreadable_tokenizer_of_a_base_is_copied_with_a_warning(tmp_path: Pa
             use(base)
     assert all(carries(tmp_path / name, base) for name in ("taken", "out", "merged"))
     with pytest.raises(DataError, match=r"base/tokenizer\.json: is damaged"):
-        generate_text(base, "fox", 1)
+        spt.generate(base, "fox", 1)
 
 
 def test_a_fresh_model_on_a_hugging_face_tokenizer(tmp_path: Path, base: Path, raw: dict[str, Any]) -> None:
@@ -351,7 +352,7 @@ def test_a_fresh_model_on_a_hugging_face_tokenizer(tmp_path: Path, base: Path, r
         assert not (folder / "generation_config.json").exists()
     tool = Tokenizer.load(weights).named_tokens()["<tool>"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == tool
-    assert generate_text(tmp_path / "run", "fox", 2, temperature=0).startswith("fox")
+    assert spt.generate(tmp_path / "run", "fox", 2, temperature=0)[0].text.startswith("fox")
 
 
 def test_an_id_outside_a_base_is_refused_with_its_tokenizer_as_the_remedy(

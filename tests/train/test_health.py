@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from spt_fast import cli
 from spt_fast.config import recipe_from
 from spt_fast.errors import CheckpointError, SptWarning
-from spt_fast.evaluation.score import score
+from spt_fast.evaluation.score import scored
 from spt_fast.model.gpt import GPT
 from spt_fast.study.runs import FinishedRun, evaluations_of
 from spt_fast.train import checkpoint
@@ -77,7 +77,7 @@ def test_a_run_whose_last_loss_is_nan_has_failed_and_its_json_says_so(
     ):
         FinishedRun.read(folder)
     with pytest.warns(SptWarning, match=r"diverged: is failed \(phases\[pretrain\]: 5 of 6 .*; \S+step-0\S+ is used"):
-        score(folder, data / "chem.heldout")
+        scored(folder, data / "chem.heldout")
     assert math.isnan(evaluations_of(folder)[-1]["heldout"]["chem"])
     said = " ".join(capsys.readouterr().err.split())
     assert "warning: step 2 of pretrain was skipped" in said

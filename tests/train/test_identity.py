@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import spt_fast as spt
 from spt_fast.config import recipe_from
 from spt_fast.data import shards
 from spt_fast.data.heldout import begins
@@ -20,14 +22,14 @@ from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.data.shards import TokenDataset
 from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer
 from spt_fast.errors import CheckpointError, DataError, RecipeError, SptWarning
-from spt_fast.evaluation.score import score
+from spt_fast.evaluation.score import scored
 from spt_fast.model.gpt import GPT
 from spt_fast.train.audit import audit_document, audit_run
 from spt_fast.train.evaluate import EvalSet, measure
 from spt_fast.train.folder import recipe_of
 from spt_fast.train.lineage import parent_of
 from spt_fast.train.plan import make_plan
-from spt_fast.train.release import export, generate_text, take_over, tokenizer_of
+from spt_fast.train.release import export, take_over, tokenizer_of
 from spt_fast.train.run import run
 from spt_fast.train.state import KnownText
 from tests import tiny
@@ -187,7 +189,7 @@ def moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def greedy(weights: Path, tokenizer: str | None = None) -> str:
-    return generate_text(weights, "ab", 3, temperature=0, tokenizer=tokenizer)
+    return spt.generate(weights, "ab", 3, temperature=0, tokenizer=tokenizer)[0].text
 
 
 def test_a_moved_run_is_read_by_its_own_records(moved: Path, tmp_path: Path) -> None:
@@ -246,38 +248,38 @@ def test_a_moved_run_is_read_by_its_own_records(moved: Path, tmp_path: Path) -> 
 
 def test_eval_scores_as_the_run_did(moved: Path, tmp_path: Path) -> None:
     heldout = tmp_path / "home" / "chem.heldout"
-    scored = score(moved, heldout)
+    found = scored(moved, heldout)
     data = TokenDataset.open(heldout)
     model = GPT.from_hf(moved / "weights" / "pretrain")
     marks = begins(data, np.array([[0, data.num_tokens]]))
     loss = partial(model, reduction="none")
-    assert scored["loss"] == pytest.approx(measure(loss, EvalSet.of_tokens(data.tokens, 16, marks), 8).loss, rel=1e-6)
-    assert scored["loss"] != pytest.approx(measure(loss, EvalSet.of_tokens(data.tokens, 16), 8).loss, rel=1e-6)
+    assert found.loss == pytest.approx(measure(loss, EvalSet.of_tokens(data.tokens, 16, marks), 8).loss, rel=1e-6)
+    assert found.loss != pytest.approx(measure(loss, EvalSet.of_tokens(data.tokens, 16), 8).loss, rel=1e-6)
     summary = json.loads((moved / "summary.json").read_text())
-    assert (scored["inside_documents"], scored["documents"], scored["same_tokenizer"]) == (
+    assert (found.inside_documents, found.documents, found.same_tokenizer) == (
         True,
         data.num_documents,
         True,
     )
-    assert scored["dtype"] == summary["precision"]
-    assert scored["reported"] == summary["phases"]["pretrain"]["heldout"]["chem"]
-    assert scored["rescored"] == pytest.approx(scored["reported"], rel=1e-4)
-    assert scored["rescored"] != pytest.approx(scored["loss"], rel=3e-4), "half of the text is other text"
+    assert found.dtype == summary["precision"]
+    assert found.reported == summary["phases"]["pretrain"]["heldout"]["chem"]
+    assert found.rescored == pytest.approx(found.reported, rel=1e-4)
+    assert found.rescored != pytest.approx(found.loss, rel=3e-4), "half of the text is other text"
     export(moved, tmp_path / "out")
-    assert score(tmp_path / "out", heldout) == scored | {"reported": None, "rescored": None}
+    assert scored(tmp_path / "out", heldout) == replace(found, reported=None, rescored=None)
     before = heldout.with_suffix(".heldout.bin").read_bytes()
     in_bytes(heldout.with_suffix(".heldout.bin"), lambda data: data[2:] + data[:2])
     with pytest.raises(DataError, match="damaged"):
-        score(moved, heldout)
+        scored(moved, heldout)
     heldout.with_suffix(".heldout.bin").write_bytes(before)
     checkpoint = next((moved / "checkpoints").glob("step-*"))
-    assert score(checkpoint, heldout)["inside_documents"]
+    assert scored(checkpoint, heldout).inside_documents
     tiny.write_dataset(tmp_path / "foreign", 3, 300, vocab=257, tokenizer_digest=byte_tokenizer(1).digest)
     for weights in (moved, tmp_path / "out", checkpoint):
         with pytest.raises(DataError, match="foreign: was made with another tokenizer"):
-            score(weights, tmp_path / "foreign")
+            scored(weights, tmp_path / "foreign")
     tiny.write_dataset(tmp_path / "foreign", 3, 300, vocab=257)
-    assert score(moved, tmp_path / "foreign")["same_tokenizer"] is None
+    assert scored(moved, tmp_path / "foreign").same_tokenizer is None
 
 
 def test_a_run_of_an_earlier_version_is_read_by_its_records(
@@ -292,7 +294,7 @@ def test_a_run_of_an_earlier_version_is_read_by_its_records(
     summary = json.loads((moved / "summary.json").read_text())
     del summary["directory"], summary["context"], summary["data"]["tokenizer"]
     (moved / "summary.json").write_text(json.dumps(summary))
-    assert score(moved, tmp_path / "home" / "chem.heldout")["inside_documents"]
+    assert scored(moved, tmp_path / "home" / "chem.heldout").inside_documents
     with pytest.raises(CheckpointError, match=r"tokenizer: bytes.tiktoken .* is not the one that the weights"):
         greedy(moved)
     monkeypatch.chdir(tmp_path / "home")

@@ -26,7 +26,7 @@ from spt_fast.config import recipe_from
 from spt_fast.data.heldout import heldout_stretches
 from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import CheckpointError, DataError, RecipeError
-from spt_fast.evaluation.score import score
+from spt_fast.evaluation.score import scored
 from spt_fast.kernels import auto_backends
 from spt_fast.model import gpt, hf
 from spt_fast.model.gpt import GPT
@@ -810,20 +810,20 @@ def test_audit_adds_up(undisturbed: Path) -> None:
 def test_scoring_takes_every_token_but_the_first_once(
     undisturbed: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = score(undisturbed, data / "chem.heldout")
+    result = scored(undisturbed, data / "chem.heldout")
     ids = np.fromfile(data / "chem.heldout.bin", np.uint16)
-    assert result["tokens"] == len(ids) - 1
-    assert result["bytes"] == 3 * len(ids)
-    assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))
-    assert result["bits_per_byte"] == pytest.approx(result["loss"] * result["tokens"] / np.log(2) / result["bytes"])
-    assert score(undisturbed / "weights" / "finetune", data / "chem.heldout") == result
+    assert result.tokens == len(ids) - 1
+    assert result.bytes == 3 * len(ids)
+    assert result.perplexity == pytest.approx(np.exp(result.loss))
+    assert result.bits_per_byte == pytest.approx(result.loss * result.tokens / np.log(2) / result.bytes)
+    assert scored(undisturbed / "weights" / "finetune", data / "chem.heldout") == result
     monkeypatch.setattr("spt_fast.evaluation.score.TOKENS_AT_A_TIME", 1)
-    one_by_one = score(undisturbed, data / "chem.heldout")
-    assert one_by_one["standard_error"] == pytest.approx(result["standard_error"], rel=1e-3)
+    one_by_one = scored(undisturbed, data / "chem.heldout")
+    assert one_by_one.standard_error == pytest.approx(result.standard_error, rel=1e-3)
     for bad in (-1, 64):
         np.array([1, bad, 2], "<i4").tofile(data / "bad.bin")
         with pytest.raises(DataError, match=rf"bad\.bin: holds token id {bad}, the model's vocabulary is 64"):
-            score(undisturbed, data / "bad.bin", dtype="int32")
+            scored(undisturbed, data / "bad.bin", dtype="int32")
 
 
 def test_init_from_a_checkpoint_and_from_weights(undisturbed: Path, data: Path) -> None:

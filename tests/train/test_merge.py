@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import spt_fast as spt
 from spt_fast import cli
 from spt_fast.errors import CheckpointError, RecipeError, SptWarning
 from spt_fast.model import hf
@@ -19,7 +20,7 @@ from spt_fast.train import weights as stored
 from spt_fast.train.card import model_card
 from spt_fast.train.merge import merge
 from spt_fast.train.origin import History, Origin, Part, PhaseFacts, origin_of
-from spt_fast.train.release import export, generate_text, take_over, tokenizer_of
+from spt_fast.train.release import export, take_over, tokenizer_of
 from tests.train.test_identity import byte_tokenizer
 
 SHAPE: dict[str, Any] = {
@@ -56,7 +57,7 @@ def test_every_number_is_averaged_and_the_origin_is_kept(
     card = Path("out/README.md").read_text()
     assert all(f"| `{part.path}` | {part.share} | `{part.digest}` |" in card for part in origin.merged)
     assert tokenizer_of(Path("out"))
-    assert generate_text(Path("out"), "ab", 3, temperature=0).startswith("ab")
+    assert spt.generate(Path("out"), "ab", 3, temperature=0)[0].text.startswith("ab")
 
     merge([Path("a")] * 3, [1, 2, "5"], Path("same"))
     assert all(torch.equal(tensor, a[name]) for name, tensor in hf.load("same")[1].items())

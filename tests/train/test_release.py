@@ -38,7 +38,7 @@ def test_prompts_are_continued_as_each_alone(
     weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = ["ab", "", "a longer prompt", "ab", "c"]
-    alone = [release.generate_text(weights, prompt, 30, top_k=9, seed=2) for prompt in prompts]
+    alone = [spt.generate(weights, prompt, 30, temperature=1.0, top_k=9, seed=2)[0].text for prompt in prompts]
     monkeypatch.setattr(release, "AT_A_TIME", 2)
     together = list(release.generate_texts(weights, iter(prompts), 30, top_k=9, seed=2))
     assert [one.text for one in together] == alone
@@ -90,7 +90,7 @@ def test_the_settings_of_a_base_end_a_text_as_in_transformers(weights: Path) -> 
     with pytest.raises(
         CheckpointError, match=r"generation_config.json: eos_token_id: .* a token id, or a list of some"
     ):
-        release.generate_text(weights, "ab", 1)
+        spt.generate(weights, "ab", 1)
 
 
 @pytest.mark.parametrize(
