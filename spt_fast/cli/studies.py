@@ -267,5 +267,5 @@ def reweight(
     if as_json:
         print_json(result)
         return
-    doge.print_reweighting(result, str(recipe), out)
     print_note(out, f"{folder / 'weights.json'}: exact numbers")
+    doge.print_reweighting(result, str(recipe), out)
