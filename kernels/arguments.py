@@ -39,11 +39,12 @@ def explained(function: Callable) -> Callable:
             return function(*arguments, **named)
         except ValueError:
             raise
-        except Exception:
+        except Exception as error:
             if refusal := _refusal(function, arguments, named):
-                raise ValueError(refusal) from None
+                raise ValueError(refusal) from error
             raise
 
+    call.__module__ = __package__  # where pickle finds it
     return call
 
 
@@ -78,5 +79,5 @@ def _words(hint: Any) -> str:
     if origin is tuple:
         return f"{len(parts)} numbers"
     if origin in (Sequence, Iterable):
-        return f"a list, each of it {_words(parts[0])}"
+        return f"a list of {_words(parts[0]).removeprefix('a ')}s"
     return _KINDS[hint][1]

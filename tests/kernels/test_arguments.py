@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any, get_type_hints
@@ -60,14 +61,15 @@ THREE = (HEADS, HEADS, HEADS)
             "adamw_step_all",
             ([X], [X], [X], [1]),
             {"step": 1, "lr": 1.0},
-            "(exp_avg_sqs): [1] is invalid: it must be a li",
+            "(exp_avg_sqs): [1] is invalid: it must be a list of tensors",
         ),
-        ("accumulate_in_place", (3,), {}, "(parameters): 3 is invalid: it must be a list, each of it a tensor"),
+        ("accumulate_in_place", (3,), {}, "(parameters): 3 is invalid: it must be a list of tensors"),
     ],
 )
 def test_an_argument_of_a_wrong_type_is_named(op: str, given: tuple, named: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(op + says)}"):
+    with pytest.raises(ValueError, match=f"^{re.escape(op + says)}") as raised:
         getattr(kernels, op)(*given, **named)
+    assert raised.value.__cause__, "what the call raised"
 
 
 @pytest.mark.parametrize(
@@ -80,10 +82,11 @@ def test_other_errors_stay_as_they_are(call: Callable[[], object], error: type[E
     assert not isinstance(raised.value, ValueError)
 
 
-def test_what_every_op_takes_can_be_said() -> None:
+def test_every_op_goes_to_another_process_and_what_it_takes_can_be_said() -> None:
     for name in (*kernels.backend.OPS, "adamw_step_all", "accumulate_in_place"):
         op = getattr(kernels, name)
         assert op.__wrapped__, "it explains wrong types"
+        assert pickle.loads(pickle.dumps(op)) is op
         for argument, hint in get_type_hints(op).items():
             assert argument == "return" or arguments._words(hint)
 
