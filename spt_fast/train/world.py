@@ -199,11 +199,8 @@ def before_joining(act: Callable[[], Result]) -> Result:
     try:
         return act()
     except Exception as error:
-        try:
-            world = join_world(process_group=False)
-        except RecipeError:
-            raise error from None
-        world.agree(error)
+        with suppress(RecipeError, RuntimeError):  # its own error says more than that it cannot join
+            join_world(process_group=False).agree(error)
         raise
 
 

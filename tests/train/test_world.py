@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from spt_fast.errors import RecipeError
-from spt_fast.train.world import join_world
+from spt_fast.train import world
+from spt_fast.train.world import before_joining, join_world
 
 
 @pytest.mark.parametrize(
@@ -38,3 +39,20 @@ def test_a_world_of_one_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "")
     assert (join_world(process_group=False).rank, join_world(process_group=False).size) == (0, 1)
+
+
+@pytest.mark.parametrize("problem", [None, RecipeError("RANK missing"), RuntimeError("no one at MASTER_ADDR")])
+def test_a_process_that_cannot_join_others_says_its_own_error(
+    problem: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def join(*, process_group: bool) -> world.World:
+        if problem:
+            raise problem
+        return world.ALONE
+
+    def fail() -> None:
+        raise RecipeError("sed: unknown")
+
+    monkeypatch.setattr(world, "join_world", join)
+    with pytest.raises(RecipeError, match=r"^sed: unknown$"):
+        before_joining(fail)
