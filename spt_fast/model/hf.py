@@ -163,10 +163,9 @@ def save(
             (temporary / name).replace(folder / name)
         sync(folder)
         if unusable:
-            hold = "holds" if len(unusable) == 1 else "hold"
             warnings.warn(
-                f"{folder}: {counted(len(unusable), 'tensor')} of the weights {hold} NaN or infinite numbers, "
-                f"{unusable[0]} first; take an earlier checkpoint, or copy the files again",
+                f"{folder}: {counted(len(unusable), 'tensor', 'hold')} NaN or infinite numbers, {unusable[0]} first; "
+                "take an earlier checkpoint, or copy the files again",
                 SptWarning,
                 stacklevel=3,
             )
