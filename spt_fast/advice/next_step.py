@@ -14,6 +14,7 @@ import pandas as pd
 import yaml
 
 from spt_fast.advice.result import Decision
+from spt_fast.advice.sizing import FEWEST_STEPS
 from spt_fast.config import BatchSize
 from spt_fast.errors import counted
 from spt_fast.model.presets import PRESETS
@@ -75,10 +76,10 @@ def rates_of(table: UsableRows | None, runs_params: int | None, params: int | No
     )
 
 
-def batch_said(default: Batch, unused: str = "") -> str:
+def batch_said(unused: str = "") -> str:
     """The comment on a batch that is not that of runs."""
     before = f"{unused}; " if unused else ""
-    return f"{before}a step has {_in_words(default)} here: tune the learning rates for the batch that you train with"
+    return f"{before}the batch is a default: tune the learning rates for the batch that you train with"
 
 
 def with_comment(recipe: str, says: str) -> str:
@@ -94,10 +95,17 @@ def _in_words(batch: Batch) -> str:
     return f"{counted(batch[0], 'window')} of {counted(batch[1], 'token')}"
 
 
-def _fitted(batch: Batch | None, context: int) -> Batch:
-    """The batch with windows of at most `context` tokens and as many tokens in a step; the default if it is unknown."""
-    sequences, window = batch or (BatchSize().sequences, context)
-    return (sequences, window) if window <= context else (-(-sequences * window // context), context)
+def default_batch(most: int, window: int, tokens: float) -> Batch:
+    """At most `most` windows, but few enough for FEWEST_STEPS steps in a phase of `tokens`: a power of two."""
+    return min(most, 1 << max(0, int(tokens / FEWEST_STEPS / window).bit_length() - 1)), window
+
+
+def _fitted(batch: Batch | None, context: int, tokens: float) -> Batch:
+    """The batch with windows of at most `context` tokens and as many tokens in a step; a default if it is unknown."""
+    if batch is None:
+        return default_batch(BatchSize().sequences, context, tokens)
+    sequences, window = batch
+    return batch if window <= context else (-(-sequences * window // context), context)
 
 
 def next_step(
@@ -114,7 +122,7 @@ def next_step(
     prefixes = {"general": str(general or "data/general"), "domain": str(domain or "data/domain")}
     late = round(budget * (1 - decision.domain_from)) if decision.domain_from else 0
     known, context = (rates.pretrain_batch, rates.finetune_batch), PRESETS[preset]["context"]
-    batches = [_fitted(batch, context) for batch in known]
+    batches = [_fitted(batch, context, tokens) for batch, tokens in zip(known, (budget, finetune_tokens), strict=True)]
     phases: list[dict[str, Any]] = [
         {
             "name": "pretrain",
@@ -153,7 +161,7 @@ def next_step(
         "sources": {name: {"train": prefix, "heldout": f"{prefix}.heldout"} for name, prefix in prefixes.items()},
         "phases": [*phases, finetune],
     }
-    comments = [] if all(known) else [batch_said(batches[0], rates.unused)]
+    comments = [] if all(known) else [batch_said(rates.unused)]
     for batch, fitted in zip(known, batches, strict=True):
         if batch and batch != fitted:
             comments.append(f"the runs' {_in_words(batch)} a step are {_in_words(fitted)} here, the model's context")

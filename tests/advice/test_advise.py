@@ -31,6 +31,7 @@ from spt_fast.advice.result import Decision, HeldOut
 from spt_fast.advice.words import effects_table, findings
 from spt_fast.config import check_lengths, recipe_from
 from spt_fast.errors import DataError, RecipeError
+from spt_fast.fields import parse_yaml
 from spt_fast.model.presets import PRESETS
 from spt_fast.printing import as_json
 from spt_fast.study import views
@@ -516,7 +517,7 @@ def test_learning_rates_are_those_of_the_runs_if_the_model_is_about_as_large() -
             "the runs' 32 windows of 2,048 tokens a step are 64 windows of 1,024",
         ),
         (3 * PARAMS, [(32, 2048), (8, 2048)], ""),
-        (4 * PARAMS, [(32, 2048), (32, 2048)], "the batch of 32 windows of 2,048 tokens a step and the rates of the"),
+        (4 * PARAMS, [(32, 2048), (16, 2048)], "the batch of 32 windows of 2,048 tokens a step and the rates of the"),
     ],
 )
 def test_the_recipe_has_the_batch_that_its_rates_were_tuned_with_and_plans(
@@ -547,12 +548,20 @@ def test_a_recipe_says_that_the_batch_of_its_rates_is_unknown() -> None:
     decision = Decision("SPT", 0.02, "laws", epochs=1, replay=0, says="")
     for table, says in (
         (old, "# the batch of the runs, which these rates"),
-        (None, "# a step has 32"),
+        (None, "# the batch is a default"),
     ):
         rates = rates_of(None if table is None else usable(table), PARAMS, PARAMS, 0.02)
         text = next_step(decision, preset="124m", budget=B, finetune_tokens=10**7, rates=rates)
         assert text.startswith(says)
         assert "  batch: {sequences: 32, context: 1024}\n" in text
+
+
+@pytest.mark.parametrize(("tokens", "sequences"), [(15_000, 1), (10**6, 16), (10**8, 32)])
+def test_a_default_batch_leaves_a_finetune_200_steps(tokens: int, sequences: int) -> None:
+    decision = Decision("SPT", 0.02, "published", epochs=1, replay=0.01, says="")
+    text = next_step(decision, preset="1m", budget=B, finetune_tokens=tokens)
+    phases = recipe_from(parse_yaml(text, "recipe")).phases
+    assert [phase.batch.sequences for phase in phases] == [32, sequences]
 
 
 @pytest.mark.parametrize("delta", [1 / 49, 0.020833333333333332, 1 / 3, 0.05])

@@ -128,7 +128,7 @@ def test_the_recipe_has_a_default_window_that_fits_the_context_of_the_base(tmp_p
     save_table(old, tmp_path)
     advice = advise(domain_tokens=3 * M, budget=M, table=read_table([tmp_path]))
     (batch,) = (phase.batch for phase in _recipe(advice))
-    assert (batch.sequences, batch.context) == (16, 2048)
+    assert (batch.sequences, batch.context) == (2, 2048)
     assert advice.recipe.startswith("# the batch of the runs, which the learning rate belongs to, is not recorded")
     GPT(GPTConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=32, context=64, vocab_size=64)).save_hf(tmp_path / "b")
     for table in (None, table_of("a")):
