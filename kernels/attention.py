@@ -59,7 +59,8 @@ def flash_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention of every query to its visible keys; the result has the shape and dtype of q_BTHD.
+    """Attention of every query to its visible keys; the result has the shape and dtype of q_BTHD,
+    under torch.autocast its dtype.
 
     k_BTHD and v_BTHD may have fewer heads, a divisor of q's (grouped queries). cu_seqlens is int32 [n+1] on q's device:
     starts at 0, non-decreasing, at most B·T. window counts the visible keys, the query's own included, and needs

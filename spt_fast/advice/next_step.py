@@ -101,11 +101,11 @@ def default_batch(most: int, window: int, tokens: float) -> Batch:
 
 
 def _fitted(batch: Batch | None, context: int, tokens: float) -> Batch:
-    """The batch with windows of at most `context` tokens and as many tokens in a step; a default if it is unknown."""
+    """The batch in windows of the model's context, all of whose positions are trained then, with as many tokens in a
+    step; a default if it is unknown."""
     if batch is None:
         return default_batch(BatchSize().sequences, context, tokens)
-    sequences, window = batch
-    return batch if window <= context else (-(-sequences * window // context), context)
+    return -(-math.prod(batch) // context), context
 
 
 def next_step(

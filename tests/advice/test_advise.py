@@ -509,23 +509,35 @@ def test_learning_rates_are_those_of_the_runs_if_the_model_is_about_as_large() -
 
 
 @pytest.mark.parametrize(
-    ("size", "batches", "comment"),
+    ("size", "window", "batches", "comment"),
     [
         (
             PARAMS,
+            2048,
             [(64, 1024), (16, 1024)],
             "the runs' 32 windows of 2,048 tokens a step are 64 windows of 1,024",
         ),
-        (3 * PARAMS, [(32, 2048), (8, 2048)], ""),
-        (4 * PARAMS, [(32, 2048), (16, 2048)], "the batch of 32 windows of 2,048 tokens a step and the rates of the"),
+        (3 * PARAMS, 2048, [(32, 2048), (8, 2048)], ""),
+        (3 * PARAMS, 500, [(8, 2048), (2, 2048)], "the runs' 32 windows of 500 tokens a step are 8 windows of 2,048"),
+        (
+            4 * PARAMS,
+            2048,
+            [(32, 2048), (16, 2048)],
+            "the batch of 32 windows of 2,048 tokens a step and the rates of the",
+        ),
     ],
 )
 def test_the_recipe_has_the_batch_that_its_rates_were_tuned_with_and_plans(
-    size: int, batches: list[tuple[int, int]], comment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: int,
+    window: int,
+    batches: list[tuple[int, int]],
+    comment: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A batch that the model's windows are too short for keeps its tokens a step; the runs' 32 windows of 2,048 tokens
-    in pretraining and 8 in the finetune are not for a model of another size, which gets the published rates."""
-    table = read_table([STORED]).assign(window=2048.0)
+    """In windows of the model's context, with the runs' tokens a step; their 32 windows in pretraining and 8 in the
+    finetune are not for a model of another size, which gets the published rates."""
+    table = read_table([STORED]).assign(window=float(window))
     table["sequences"] = np.where(table["stage"] == 0, 32.0, 8.0)
     rates = rates_of(usable(table), PARAMS, size, 0.02)
     decision = Decision("SPT", 0.02, "laws", epochs=1, replay=0, says="")
