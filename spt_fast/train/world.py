@@ -15,17 +15,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 from spt_fast.errors import FailedElsewhere, RecipeError, counted, invalid
 from spt_fast.model.stored import unread
 
 Result = TypeVar("Result")
 
+PATIENCE = timedelta(minutes=1)
+"""How long a process with an error waits for the others. They import at different speeds."""
 LAUNCHED_BY = (
     "RANK",
     "WORLD_SIZE",
@@ -159,10 +163,11 @@ ALONE = World(0, 1, torch.device("cpu"))
 """A single process."""
 
 
-def join_world(*, process_group: bool) -> World:
+def join_world(*, process_group: bool, timeout: timedelta | None = None) -> World:
     """This process's rank among those of the launcher (RANK, WORLD_SIZE, LOCAL_RANK; a single one without them).
 
-    `process_group`: set up torch.distributed even for a single process, as DeepSpeed needs it.
+    `process_group`: set up torch.distributed even for a single process, as DeepSpeed needs it. `timeout`: how long to
+    wait for the others, by default half an hour; RuntimeError after it.
     RecipeError if there are more processes on this host than GPUs, or some of the launcher's variables are missing.
     """
     if _whole("SLURM_STEP_NUM_TASKS", 1) > 1 and "RANK" not in os.environ:
@@ -184,8 +189,9 @@ def join_world(*, process_group: bool) -> World:
         if size == 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            store, _, _ = next(dist.rendezvous("env://", rank, size))
-            dist.init_process_group(backend, store=dist.PrefixStore(_attempt(), store), rank=rank, world_size=size)
+            store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout or default_pg_timeout))
+            store = dist.PrefixStore(_attempt(), store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         atexit.register(_leave)
     if size == 1:
         return World(rank, size, device)
@@ -195,12 +201,12 @@ def join_world(*, process_group: bool) -> World:
 
 def before_joining(act: Callable[[], Result]) -> Result:
     """The result of `act`, in processes that join in their next step together. If it raises in some of them, these join
-    now, so that one raises its error and all others FailedElsewhere."""
+    now, so that one raises its error and all others FailedElsewhere; its own if it is alone for PATIENCE."""
     try:
         return act()
     except Exception as error:
         with suppress(RecipeError, RuntimeError):  # its own error says more than that it cannot join
-            join_world(process_group=False).agree(error)
+            join_world(process_group=False, timeout=PATIENCE).agree(error)
         raise
 
 

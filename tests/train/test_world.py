@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
 from spt_fast.errors import RecipeError
@@ -41,18 +43,25 @@ def test_a_world_of_one_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> No
     assert (join_world(process_group=False).rank, join_world(process_group=False).size) == (0, 1)
 
 
-@pytest.mark.parametrize("problem", [None, RecipeError("RANK missing"), RuntimeError("no one at MASTER_ADDR")])
-def test_a_process_that_cannot_join_others_says_its_own_error(
-    problem: Exception | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"SLURM_STEP_NUM_TASKS": "2"},
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
+        {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+    ],
+    ids=["alone", "by srun", "first", "second"],
+)
+def test_a_process_that_cannot_join_others_says_its_own_error_soon(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def join(*, process_group: bool) -> world.World:
-        if problem:
-            raise problem
-        return world.ALONE
-
     def fail() -> None:
         raise RecipeError("sed: unknown")
 
-    monkeypatch.setattr(world, "join_world", join)
+    monkeypatch.setattr(world, "PATIENCE", timedelta(seconds=0.2))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(RecipeError, match=r"^sed: unknown$"):
         before_joining(fail)
