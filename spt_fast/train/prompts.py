@@ -17,7 +17,7 @@ def read_prompts(file: Path) -> list[str]:
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not UTF-8, or no name of a file
         raise DataError(f"prompts: {file} cannot be read ({error}); give a UTF-8 text file", argument=True) from None
     numbered = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:

@@ -104,6 +104,8 @@ def test_the_settings_of_a_base_end_a_text_as_in_transformers(weights: Path) -> 
         ("a.jsonl", "a\n", r"line 1: is not JSON"),
         ("a.txt", b"\xff\xfe", r"^prompts: \S+ cannot be read"),
         ("a.txt", None, r"^prompts: \S+ cannot be read"),
+        ("a\ud800", None, r"^prompts: \S+ cannot be read"),
+        ("a\0", None, r"^prompts: \S+ cannot be read"),
     ],
 )
 def test_files_of_prompts(tmp_path: Path, name: str, content: Any, expected: Any) -> None:
