@@ -32,10 +32,10 @@ class Ring:
 
     def __init__(self, num_tokens: int, context: int, seed: int, source_name: str) -> None:
         if num_tokens <= context:
+            or_less = f", or the batch a context of at most {num_tokens - 1:,}" if num_tokens > 1 else ""
             raise DataError(
                 f"source {source_name!r} has {counted(num_tokens, 'token')}: a corpus shorter than one window of "
-                f"{context + 1:,} (context {context:,} and the next token); give it more text, or the batch a context "
-                f"of at most {num_tokens - 1:,}"
+                f"{context + 1:,} (context {context:,} and the next token); give it more text{or_less}"
             )
         assert context >= 1
         assert num_tokens <= MAX_SIZE

@@ -85,8 +85,16 @@ def test_seed_source_and_epoch_give_orders_of_their_own() -> None:
             assert (one == other).mean() < 0.02
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 255, 256])
-def test_a_corpus_shorter_than_one_window(num_tokens: int) -> None:
-    with pytest.raises(DataError, match=f"'chem' has {num_tokens} tokens: a corpus shorter than one window of 257"):
+@pytest.mark.parametrize(
+    ("num_tokens", "says", "remedy"),
+    [
+        (0, "0 tokens", "more text$"),
+        (1, "1 token", "more text$"),
+        (2, "2 tokens", "or the batch a context of at most 1$"),
+        (256, "256 tokens", "or the batch a context of at most 255$"),
+    ],
+)
+def test_a_corpus_shorter_than_one_window(num_tokens: int, says: str, remedy: str) -> None:
+    with pytest.raises(DataError, match=rf"'chem' has {says}: a corpus shorter than one window of 257 .*{remedy}"):
         Ring(num_tokens, 256, 0, "chem")
     assert Ring(257, 256, 0, "chem").windows_per_epoch == 1
