@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from spt_fast.config import load_recipe, recipe_from
 from spt_fast.data.shards import DatasetWriter, TokenDataset
 from spt_fast.errors import DataError, RecipeError
-from spt_fast.evaluation.score import score
+from spt_fast.evaluation.score import scored
 from spt_fast.model.flops import train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.model.memory import Step
@@ -106,17 +106,17 @@ def test_windows_of_several_lengths_are_trained_audited_evaluated_and_resumed(ba
     export(folder, base / "out")
     for weights in (folder / "weights" / "p2", base / "out"):
         assert json.loads((weights / "config.json").read_text())["max_position_embeddings"] == CONTEXT
-        scored = score(weights, base / "general.heldout")
+        short = scored(weights, base / "general.heldout")
         text = EvalSet.of_tokens(TokenDataset.open(base / "general.heldout").tokens, 16)
         own = measure(partial(load_model(weights), reduction="none"), text, 4).loss
-        assert (scored["context"], scored["loss"]) == (16, pytest.approx(own, rel=1e-5))
-    whole = score(folder, base / "general.heldout", context=CONTEXT)
-    assert (whole["context"], whole["loss"] != scored["loss"]) == (CONTEXT, True)
-    assert score(base / "base", base / "general.heldout")["context"] == CONTEXT
+        assert (short.context, short.loss) == (16, pytest.approx(own, rel=1e-5))
+    whole = scored(folder, base / "general.heldout", context=CONTEXT)
+    assert (whole.context, whole.loss != short.loss) == (CONTEXT, True)
+    assert scored(base / "base", base / "general.heldout").context == CONTEXT
     newest = sorted((folder / "checkpoints").iterdir())[-1]
-    assert score(newest, base / "general.heldout")["context"] == 16
+    assert scored(newest, base / "general.heldout").context == 16
     with pytest.raises(DataError, match=r"^context: 65 is invalid: write 1 to 64, the model's own"):
-        score(folder, base / "general.heldout", context=CONTEXT + 1)
+        scored(folder, base / "general.heldout", context=CONTEXT + 1)
 
 
 def test_an_unfinished_run_is_audited_and_resumed_in_its_window(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
