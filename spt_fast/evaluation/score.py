@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -58,6 +59,11 @@ class Scored:
     """The loss on the report half that the run reported, if this is held-out text of the run."""
     rescored: float | None
     """The loss on that half as scored here; equal up to rounding."""
+
+
+def score(weights: Path, prefix: Path, **options: Any) -> dict[str, Any]:
+    """`scored` as a dict: the earlier call, which is kept for other people's code."""
+    return asdict(scored(weights, prefix, **options))
 
 
 def scored(

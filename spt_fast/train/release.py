@@ -196,6 +196,11 @@ class Generated:
     """Whether a token that ends a text was drawn; `text` leaves it out."""
 
 
+def generate_text(path: Path, prompt: str, tokens: int, *, tokenizer: str | Path | None = None, **sampling: Any) -> str:
+    """The text of `generate_texts` for one prompt: the earlier call, which is kept for other people's code."""
+    return next(generate_texts(path, [prompt], tokens, tokenizer=tokenizer, **sampling)).text
+
+
 def generate_texts(
     path: Path, prompts: Iterable[str], tokens: int, *, tokenizer: str | Path | None = None, **sampling: Any
 ) -> Iterator[Generated]:

@@ -41,6 +41,7 @@ def test_prompts_are_continued_as_each_alone(
     alone = [spt.generate(weights, prompt, 30, temperature=1.0, top_k=9, seed=2)[0].text for prompt in prompts]
     monkeypatch.setattr(release, "AT_A_TIME", 2)
     together = list(release.generate_texts(weights, iter(prompts), 30, top_k=9, seed=2))
+    assert release.generate_text(weights, prompts[0], 30, top_k=9, seed=2) == together[0].text
     assert [one.text for one in together] == alone
     assert [one.prompt for one in together] == prompts
     assert all(one.ended == (one.new_tokens < 30) for one in together)

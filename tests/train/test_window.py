@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from spt_fast.config import load_recipe, recipe_from
 from spt_fast.data.shards import DatasetWriter, TokenDataset
 from spt_fast.errors import DataError, RecipeError
-from spt_fast.evaluation.score import scored
+from spt_fast.evaluation.score import score, scored
 from spt_fast.model.flops import train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.model.memory import Step
@@ -111,6 +111,7 @@ def test_windows_of_several_lengths_are_trained_audited_evaluated_and_resumed(ba
         own = measure(partial(load_model(weights), reduction="none"), text, 4).loss
         assert (short.context, short.loss) == (16, pytest.approx(own, rel=1e-5))
     whole = scored(folder, base / "general.heldout", context=CONTEXT)
+    assert score(folder, base / "general.heldout", context=CONTEXT)["loss"] == whole.loss
     assert (whole.context, whole.loss != short.loss) == (CONTEXT, True)
     assert scored(base / "base", base / "general.heldout").context == CONTEXT
     newest = sorted((folder / "checkpoints").iterdir())[-1]
