@@ -98,14 +98,24 @@ def test_killed_at_any_moment_its_file_is_whole_and_the_next_command_goes_on(tmp
         process.wait()
         (file,) = (tmp_path / "out").glob("*.json")
         json.loads(file.read_text())
-    at_work = [int(line.split()[1]) for line in (tmp_path / "begun").read_text().splitlines()]
-    until(lambda: not [pid for pid in at_work if "an_item" in _command_of(pid)])  # the system ends them after it
     subprocess.run(command, env=environment, check=True, capture_output=True)
     kept = json.loads(file.read_text())["items"]
     assert [found["state"] for found in kept.values()] == ["done"] * 5
     assert all(found["parts"] == [0, 1, 2] for found in kept.values())
     begun = (tmp_path / "begun").read_text().splitlines()
     assert len(begun) < 5 + 5, "what was done is not done again"
+
+
+def test_an_item_ends_with_the_command_that_started_it(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    hangs = COMMAND.replace('f"works{i}"', '"hangs"')
+    process = subprocess.Popen([sys.executable, "-c", hangs, str(tmp_path / "out")], env=environment)
+    until(lambda: (tmp_path / "begun").exists() and len((tmp_path / "begun").read_text().split()) == 2)
+    item_pid = int((tmp_path / "begun").read_text().split()[1])
+    assert "an_item" in _command_of(item_pid)
+    process.kill()
+    process.wait()
+    until(lambda: "an_item" not in _command_of(item_pid), seconds=20.0)  # by itself it takes a minute
 
 
 def _command_of(pid: int) -> str:
