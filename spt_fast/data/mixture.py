@@ -75,27 +75,28 @@ class Mixture:
 
     def locate(self, n: int) -> tuple[str, int]:
         """(source, k): sample n of the mixture is the k-th sample of `source`."""
-        source, k = self._order.locate(_natural(n, "sample"))
+        source, k = self._order.locate(_natural(n, "n"))
         return self.sources[source], k
 
     def counts(self, n: int) -> dict[str, int]:
         """{source: its samples among the first n}."""
-        return dict(zip(self.sources, self._order.counts(_natural(n, "number of samples")), strict=True))
+        return dict(zip(self.sources, self._order.counts(_natural(n, "n")), strict=True))
 
     def index(self, source: str, k: int) -> int:
         """n such that locate(n) == (source, k). Raises ValueError for a source that never occurs."""
-        if source not in self.weights:
-            raise ValueError(invalid("source", source, f"name one of the mixture; {nearest(source, self.sources)}"))
+        if source not in self.sources:
+            known = nearest(str(source), self.sources)
+            raise RecipeError(invalid("source", source, f"name one of the mixture; {known}"))
         if self.weights[source] == 0:
             raise ValueError(f"source {source!r} has weight 0 and never occurs")
-        return self._order.index(self.sources.index(source), _natural(k, "sample"))
+        return self._order.index(self.sources.index(source), _natural(k, "k"))
 
     def locate_many(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """`locate` of samples first .. first + count, in C++: (index into `sources` int32 [count], k int64 [count]).
 
         Raises ValueError beyond sample 2^62, up to which the C++ is exact.
         """
-        first, count = _natural(first, "sample"), _natural(count, "number of samples")
+        first, count = _natural(first, "first"), _natural(count, "count")
         if first + count > MAX_SAMPLES:
             raise ValueError(f"samples {first:,} to {first + count:,} reach beyond 2^62")
         return self._order.locate_many(first, count)
@@ -249,7 +250,7 @@ def chairman_order(weights: list[int]) -> list[int]:
 
 def exact_weights(weights: Mapping[str, int | str | Fraction | float]) -> dict[str, Fraction]:
     """The weights as exact shares that sum to 1, sorted by source."""
-    if weights and not isinstance(weights, Mapping):
+    if weights is not None and not isinstance(weights, Mapping):
         raise RecipeError(invalid("mixture", weights, "give weights by source, such as {'general': 98, 'chem': 2}"))
     if not weights:
         raise RecipeError("mixture: is empty; name at least one source")
@@ -315,8 +316,8 @@ def _nearby(weights: Mapping[str, Fraction]) -> dict[str, str]:
     return {source: f"{parts // _NEARBY_PERIOD}.{parts % _NEARBY_PERIOD:06d}" for source, parts in millionths.items()}
 
 
-def _natural(value: int, what: str) -> int:
-    number = operator.index(value)
-    if number < 0:
-        raise ValueError(f"{what} {number}; count from 0")
-    return number
+def _natural(value: int, name: str) -> int:
+    with suppress(TypeError):
+        if (number := operator.index(value)) >= 0:
+            return number
+    raise RecipeError(invalid(name, value, "give a whole number; samples are counted from 0"))

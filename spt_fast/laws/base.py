@@ -384,8 +384,8 @@ class Law:
     def _output(self, of: str | None) -> str:
         if of is None:
             return next(iter(self.outputs))
-        if of not in self.outputs:
-            raise RecipeError(f"{type(self).__name__} does not predict {of!r}; {nearest(of, self.outputs)}")
+        if of not in tuple(self.outputs):
+            raise RecipeError(f"of: {type(self).__name__} does not predict {of!r}; {nearest(str(of), self.outputs)}")
         return of
 
     def _require(self, attribute: str, remedy: str) -> None:
@@ -600,6 +600,13 @@ def probability(name: str, given: Any) -> float:
         if (value := number(name, given, POSITIVE_SHARE)) < 1:
             return value
     raise RecipeError(invalid(name, given, "give a probability between 0 and 1, such as 0.9"))
+
+
+def require_law(name: str, given: Any, *kinds: type[Law]) -> None:
+    """Raise RecipeError unless an argument is a law of one of these kinds."""
+    if not isinstance(given, kinds):
+        known = " or ".join(kind.__name__ for kind in kinds)
+        raise RecipeError(invalid(name, given, f"give {known}, such as {kinds[0].__name__}().fit(table)"))
 
 
 def require_points(points: int, unknowns: int, law: str, where: str = "") -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import brentq, minimize_scalar
 
 from spt_fast.errors import RecipeError, invalid
-from spt_fast.laws.base import FormulaLaw, Law, LawWarning, Units, decision, require_settled
+from spt_fast.laws.base import FormulaLaw, Law, LawWarning, Units, decision, require_law, require_settled
 from spt_fast.laws.chinchilla import IRREDUCIBLE, allocation, coefficient, exponent
 from spt_fast.laws.columns import POSITIVE, SHARE, Array, Column, Columns, arguments, number, numbers
 from spt_fast.laws.fitting import Parameter
@@ -126,10 +126,13 @@ def best_ratio(
                       general, since the law has no value at tokens = 0
     of_domain         other columns of the domain's law: learnability
 
-    Raises RecipeError if no share is allowed, and if it depends on a parameter that the runs do not determine.
+    Raises RecipeError if a law is of another kind, if no share is allowed, and if it depends on a parameter that the
+    runs do not determine.
     """
     rise = number("max_general_rise", max_general_rise, SHARE)
     before = None if general_before is None else number("general_before", general_before)
+    for name, law in (("domain", domain), ("general", general)):
+        require_law(name, law, DCPTLaw)
     of_domain = numbers(of_domain, domain.inputs)
     for law in (domain, general):
         params, tokens = law._number(params=params, tokens=tokens)

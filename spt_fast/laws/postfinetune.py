@@ -33,7 +33,7 @@ import numpy as np
 from scipy.linalg import block_diag
 
 from spt_fast.errors import RecipeError
-from spt_fast.laws.base import Law, require_points
+from spt_fast.laws.base import Law, require_law, require_points
 from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, Rows, number
 from spt_fast.laws.fitting import DIFFERS, DRAWS, QUANTILES, Curve, Fit, Noise, Parameter, solve
 from spt_fast.laws.mixture_repetition import MixtureRepetitionLaw
@@ -79,7 +79,9 @@ class PostFinetuneLaw(Law):
     heldout: Before | None
 
     def __init__(self, heldout: Before | None = None) -> None:
+        """Raises RecipeError for anything but such a law with its parameters."""
         if heldout is not None:
+            require_law("heldout", heldout, OverfittingLaw, MixtureRepetitionLaw)
             heldout._require("params_", "fit it to a table")
         self.heldout = heldout
 

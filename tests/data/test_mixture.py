@@ -169,6 +169,7 @@ def test_how_weights_are_read(weights: dict, exact: list[str]) -> None:
         ({"a": None}, "mixture.a: None is invalid"),
         ({1: 1}, "mixture: 1 is invalid"),
         (["a"], r"mixture: \['a'\] is invalid: give weights by source"),
+        (np.array([0.5, 0.5]), r"mixture: array\(\[0.5, 0.5\]\) is invalid: give weights by source"),
     ],
 )
 def test_invalid_weights(weights: dict, message: str) -> None:
@@ -193,8 +194,17 @@ def test_a_source_of_weight_0_never_occurs(num_sources: int) -> None:
 
 def test_invalid_positions_are_refused() -> None:
     mixture = Mixture({"web": 3, "chem": 1})
-    with pytest.raises(ValueError, match="sample -1"):
-        mixture.locate(-1)
+    for wrong in (-1, 1.0, "1", None, [1]):
+        for call in (mixture.locate, mixture.counts):
+            with pytest.raises(RecipeError, match=r"^n: .* is invalid: give a whole number"):
+                call(wrong)  # type: ignore[arg-type]
+        with pytest.raises(RecipeError, match=r"^k: .* is invalid"):
+            mixture.index("web", wrong)  # type: ignore[arg-type]
+        with pytest.raises(RecipeError, match=r"^count: .* is invalid"):
+            mixture.locate_many(0, wrong)  # type: ignore[arg-type]
+    for unknown in (5, None, ["web"]):
+        with pytest.raises(RecipeError, match=r"^source: .* is invalid: name one of the mixture"):
+            mixture.index(unknown, 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="did you mean 'chem'"):
         mixture.index("chme", 0)
     with pytest.raises(ValueError, match="beyond 2\\^62"):

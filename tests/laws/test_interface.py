@@ -367,6 +367,8 @@ def test_a_law_with_all_parameters_at_bounds_predicts() -> None:
         ({"params": 1e8, "tokens": 1e10, "interval": 90}, "such as 0.9"),
         ({"params": 1e8, "tokens": 1e10, "interval": "90%"}, "such as 0.9"),
         ({"params": 1e8, "tokens": 1e10, "of": "los"}, "did you mean 'loss'"),
+        ({"params": 1e8, "tokens": 1e10, "of": 5}, "^of: ChinchillaLaw does not predict 5"),
+        ({"params": 1e8, "tokens": 1e10, "of": ["loss"]}, "^of: ChinchillaLaw does not predict"),
     ],
 )
 def test_a_prediction_that_cannot_be_made_is_refused(asked: dict[str, Any], says: str) -> None:
@@ -394,6 +396,16 @@ def test_calls_before_a_fit_or_without_runs_are_refused() -> None:
         laws.ChinchillaLaw.from_params(E=1, A=1, alpha=1, B=1)
     with pytest.raises(RecipeError, match="for each setting of the runs"):
         laws.CMRLaw.from_params()
+
+
+@pytest.mark.parametrize("wrong", ["x", 5, [1], np.ones(2), laws.OverfittingLaw, CHINCHILLA])
+def test_a_law_of_another_kind_is_refused_by_the_name_of_its_argument(wrong: Any) -> None:
+    with pytest.raises(RecipeError, match=r"^heldout: .* is invalid: give OverfittingLaw or MixtureRepetitionLaw"):
+        laws.PostFinetuneLaw(wrong)
+    for of in ("domain", "general"):
+        given: dict[str, Any] = {"domain": DOMAIN, "general": DOMAIN, of: wrong}
+        with pytest.raises(RecipeError, match=f"^{of}: .* is invalid: give DCPTLaw"):
+            laws.best_ratio(**given, params=1e9, tokens=1e10, max_general_rise=0.03)
 
 
 def test_laws_import_no_other_room() -> None:
