@@ -19,7 +19,16 @@ from typing import Any, Literal
 import pandas as pd
 import yaml
 
-from spt_fast.advice.next_step import PUBLISHED, batch_said, batch_section, default_batch, exact_count, with_comment
+from spt_fast.advice.next_step import (
+    PUBLISHED,
+    batch_said,
+    batch_section,
+    default_batch,
+    exact_count,
+    in_windows,
+    windows_said,
+    with_comment,
+)
 from spt_fast.advice.prior import FACTS, REPLAY, outside, progress_lost
 from spt_fast.advice.question import NO_GENERAL, NO_GENERAL_BEFORE, RISE_UNKNOWN, ask, size_of
 from spt_fast.advice.result import Asked, Ended
@@ -140,11 +149,12 @@ def advise_base(
     else:
         decided = _decision(REPLAY, 0.0, 0.0, asked, "published", _published(asked))
         notes += [] if asked.max_general_rise is None else [RISE_UNKNOWN]
-    sequences, window = batch or default_batch(16, WINDOW, asked.budget)
-    fits = sequences, min(window, shape.context) if shape else window
-    steps = {"batch": batch_section(fits), "optimizer": optimizer}
+    window = batch[1] if batch else WINDOW
+    window = min(window, shape.context) if shape else window
+    here = in_windows(batch, window) if batch else default_batch(16, window, asked.budget)
+    steps = {"batch": batch_section(here), "optimizer": optimizer}
     unused = "the batch of the runs, which the learning rate belongs to, is not recorded" if arms else ""
-    says = "" if batch else batch_said(unused)
+    says = "" if batch == here else windows_said(batch, here) if batch else batch_said(unused)
     recipe = with_comment(_recipe(decided, asked, base, steps, general, domain), says)
     return BaseAdvice(asked, base, decided, arms, notes, GENERAL_TEXT, recipe)
 

@@ -64,22 +64,23 @@ def rates_of(table: UsableRows | None, runs_params: int | None, params: int | No
     pretrain = pretrain[(pretrain["delta"] - delta).abs() == (pretrain["delta"] - delta).abs().min()]
     tried = sorted(map(float, finetune["lr"].unique()))
     best = finetune[~finetune["beaten"]]
+    batches = usual_batch(pretrain), usual_batch(best)
+    of_one = "" if not any(batches) else "' finetunes" if batches[0] else "' pretraining"
     return Rates(
         float(pretrain["lr"].mode()[0]),
         tried,
         "the runs'",
         fields_of(usual(pretrain)),
         fields_of(usual(best)),
-        usual_batch(pretrain),
-        usual_batch(best),
-        "" if batch else "the batch of the runs, which these rates belong to, is not recorded",
+        *batches,
+        "" if all(batches) else f"the batch of the runs{of_one}, which these rates belong to, is not recorded",
     )
 
 
-def batch_said(unused: str = "") -> str:
-    """The comment on a batch that is not that of runs."""
-    before = f"{unused}; " if unused else ""
-    return f"{before}the batch is a default: tune the learning rates for the batch that you train with"
+def batch_said(unused: str = "", of_one: str = "") -> str:
+    """The comment on a batch that is not that of runs. of_one: the phase that has it, if the other has the runs'."""
+    before, it = f"{unused}; " if unused else "", "its" if of_one else "the"
+    return f"{before}the batch{of_one} is a default: tune {it} learning rates for the batch that you train with"
 
 
 def with_comment(recipe: str, says: str) -> str:
@@ -100,12 +101,14 @@ def default_batch(most: int, window: int, tokens: float) -> Batch:
     return min(most, 1 << max(0, int(tokens / FEWEST_STEPS / window).bit_length() - 1)), window
 
 
-def _fitted(batch: Batch | None, context: int, tokens: float) -> Batch:
-    """The batch in windows of the model's context, all of whose positions are trained then, with as many tokens in a
-    step; a default if it is unknown."""
-    if batch is None:
-        return default_batch(BatchSize().sequences, context, tokens)
-    return -(-math.prod(batch) // context), context
+def in_windows(batch: Batch, window: int) -> Batch:
+    """The batch in windows of another length, with as many tokens in a step or, rounded up, up to a window more."""
+    return -(-math.prod(batch) // window), window
+
+
+def windows_said(batch: Batch, here: Batch) -> str:
+    """The comment on a batch of runs that has other windows here."""
+    return f"the runs' {_in_words(batch)} a step are {_in_words(here)} here, the model's context"
 
 
 def next_step(
@@ -122,7 +125,10 @@ def next_step(
     prefixes = {"general": str(general or "data/general"), "domain": str(domain or "data/domain")}
     late = round(budget * (1 - decision.domain_from)) if decision.domain_from else 0
     known, context = (rates.pretrain_batch, rates.finetune_batch), PRESETS[preset]["context"]
-    batches = [_fitted(batch, context, tokens) for batch, tokens in zip(known, (budget, finetune_tokens), strict=True)]
+    batches = [  # in windows of the context, since only then all of its positions are trained
+        in_windows(batch, context) if batch else default_batch(BatchSize().sequences, context, tokens)
+        for batch, tokens in zip(known, (budget, finetune_tokens), strict=True)
+    ]
     phases: list[dict[str, Any]] = [
         {
             "name": "pretrain",
@@ -161,10 +167,11 @@ def next_step(
         "sources": {name: {"train": prefix, "heldout": f"{prefix}.heldout"} for name, prefix in prefixes.items()},
         "phases": [*phases, finetune],
     }
-    comments = [] if all(known) else [batch_said(rates.unused)]
-    for batch, fitted in zip(known, batches, strict=True):
-        if batch and batch != fitted:
-            comments.append(f"the runs' {_in_words(batch)} a step are {_in_words(fitted)} here, the model's context")
+    of_one = "" if not any(known) else " of the finetune" if known[0] else " of pretraining"
+    comments = [] if all(known) else [batch_said(rates.unused, of_one)]
+    comments += [
+        windows_said(batch, here) for batch, here in zip(known, batches, strict=True) if batch not in (None, here)
+    ]
     text = yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=80)
     return with_comment(text, "; ".join(dict.fromkeys(comments)))
 

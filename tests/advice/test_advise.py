@@ -568,6 +568,28 @@ def test_a_recipe_says_that_the_batch_of_its_rates_is_unknown() -> None:
         assert "  batch: {sequences: 32, context: 1024}\n" in text
 
 
+@pytest.mark.parametrize(
+    ("stage", "batches", "says"),
+    [
+        (0, [32, 8], ("the runs' pretraining, which", "of pretraining is a default: tune its learning rates")),
+        (1, [16, 32], ("the runs' finetunes, which", "of the finetune is a default: tune its learning rates")),
+    ],
+)
+def test_a_recipe_names_the_phase_whose_batch_is_a_default(
+    stage: int, batches: list[int], says: tuple[str, str]
+) -> None:
+    """If the other phase has that of the runs."""
+    table = read_table([STORED])
+    table = table.assign(sequences=np.where(table["stage"] == 0, 16.0, 8.0), window=1024.0)
+    table.loc[table["stage"] == stage, ["sequences", "window"]] = np.nan
+    rates = rates_of(usable(table), PARAMS, PARAMS, 0.02)
+    decision = Decision("SPT", 0.02, "laws", epochs=1, replay=0, says="")
+    text = next_step(decision, preset="124m", budget=B, finetune_tokens=10**7, rates=rates)
+    assert all(f"the batch {of_one}" in text.replace("\n# ", " ") for of_one in (f"of {says[0]}", says[1]))
+    phases = recipe_from(yaml.safe_load(text)).phases
+    assert [phase.batch.sequences for phase in phases] == batches
+
+
 @pytest.mark.parametrize(("tokens", "sequences"), [(15_000, 1), (10**6, 16), (10**8, 32)])
 def test_a_default_batch_leaves_a_finetune_200_steps(tokens: int, sequences: int) -> None:
     decision = Decision("SPT", 0.02, "published", epochs=1, replay=0.01, says="")

@@ -131,10 +131,14 @@ def test_the_recipe_has_a_default_window_that_fits_the_context_of_the_base(tmp_p
     assert (batch.sequences, batch.context) == (2, 2048)
     assert advice.recipe.startswith("# the batch of the runs, which the learning rate belongs to, is not recorded")
     GPT(GPTConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=32, context=64, vocab_size=64)).save_hf(tmp_path / "b")
-    for table in (None, table_of("a")):
+    for table, sequences, says in (
+        (None, 16, "# the batch is a default: tune the learning rates"),
+        (table_of("a"), 32, "# the runs' 4 windows of 512 tokens a step are 32 windows of 64 tokens here,"),
+    ):
         given = advise(domain_tokens=3 * M, budget=M, table=table, base=str(tmp_path / "b"))
         (phase,) = _recipe(given)
-        assert phase.batch.context == 64
+        assert (phase.batch.sequences, phase.batch.context) == (sequences, 64)
+        assert given.recipe.startswith(says)
         assert "  tokens: 1M\n" in given.recipe
     with pytest.raises(CheckpointError, match=r"^absent: is not a folder"):
         advise(domain_tokens=3 * M, budget=M, base="absent")
