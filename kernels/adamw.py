@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from operator import index
 from typing import Any
 
 import torch
@@ -117,7 +118,8 @@ def adamw_step_all(
     The lists have equal lengths, with a tensor for each param; all tensors are on one device, and no two updated ones
     share memory. decayed: how many numbers of each param, from the first, get weight_decay; by default all. A param of
     which only a part decays is contiguous, as its other tensors are. All use one backend, which can run for all of
-    them. ValueError: as adamw_step, lists of other lengths, or params of float64 among others.
+    them. ValueError: as adamw_step, lists of other lengths, `decayed` below 0 or above a param's numbers, or params of
+    float64 among others.
     """
     lists = {"grad": grads, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "anchor": anchors, "master": masters}
     for name, tensors in lists.items():
@@ -131,6 +133,11 @@ def adamw_step_all(
                     f"adamw_step: {name} {number} is {tuple(tensor.shape)}, its param is {tuple(param.shape)}; "
                     "they must agree"
                 )
+    sizes = [param.numel() for param in params]
+    if decayed is not None and (
+        len(decayed) != len(params) or not all(0 <= index(n) <= size for n, size in zip(decayed, sizes, strict=True))
+    ):
+        raise ValueError(invalid("adamw_step_all(decayed)", decayed, f"one for each param, of which they have {sizes}"))
     if not isinstance(step, Tensor) and step < 1:
         raise ValueError(invalid("adamw_step(step)", step, "the number of this update, from 1"))
     if anchors is None and anchor_decay != 0:
@@ -163,7 +170,7 @@ def adamw_step_all(
             None if skip is None else scalar(skip, torch.bool),
         ],
         [*betas, eps, weight_decay, anchor_decay],
-        [param.numel() for param in params] if decayed is None else decayed,
+        sizes if decayed is None else decayed,
         picked.pop() if len(picked) == 1 else "reference",
     )
 

@@ -1,7 +1,7 @@
 """Errors for arguments of a wrong type, for all public ops at once.
 
 Arguments are looked at only after a call has failed, by the annotations of its function, so that calls cost nothing
-more.
+more. Whole numbers are looked at before, since a call with 2.5 for 3 may succeed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from numbers import Integral, Real
+from operator import index
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -30,12 +31,17 @@ _KINDS: dict[Any, tuple[type, str]] = {
 
 def explained(function: Callable) -> Callable:
     """The function, with a ValueError instead of what a call raises if one of its arguments is of a wrong type."""
+    whole = _whole_numbers(function)
 
     @wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
         if torch.compiler.is_compiling():
             return function(*arguments, **named)
         try:
+            for place, name, kinds in whole:
+                given = arguments[place] if place < len(arguments) else named.get(name, 0)
+                if not isinstance(given, kinds):
+                    index(given)  # a TypeError for 2.5
             return function(*arguments, **named)
         except ValueError:
             raise
@@ -46,6 +52,12 @@ def explained(function: Callable) -> Callable:
 
     call.__module__ = __package__  # where pickle finds it
     return call
+
+
+def _whole_numbers(function: Callable) -> list[tuple[int, str, tuple[Any, ...]]]:
+    """The place and name of each argument that takes a whole number, and all types that it takes."""
+    kinds = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(function).items()}
+    return [(place, name, kinds[name]) for place, name in enumerate(kinds) if int in kinds[name]]
 
 
 def _refusal(function: Callable, arguments: Sequence[Any], named: Mapping[str, Any]) -> str | None:

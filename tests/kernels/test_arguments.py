@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +20,15 @@ from tests.kernels.compare import DEVICE
 X, W, HEADS = (torch.ones(shape, device=DEVICE) for shape in ((4, 8), (8, 8), (1, 4, 2, 8)))
 TARGETS = torch.zeros(4, dtype=torch.int64, device=DEVICE)
 THREE = (HEADS, HEADS, HEADS)
+WHOLE_NUMBERS: dict[str, tuple[tuple, dict[str, Any], dict[str, Any]]] = {
+    "flash_attention": (THREE, {}, {"window": 4}),
+    "qkv_attention": ((HEADS.repeat(1, 1, 2, 1),), {}, {"kv_heads": 1, "window": 4}),
+    "self_attention": ((X[None], W), {}, {"kv_heads": 1, "head_dim": 2, "window": 4}),
+    "linear_cross_entropy": ((X, W, TARGETS), {}, {"ignore_index": -100}),
+    "adamw_step": ((X,) * 4, {"lr": 1.0}, {"step": 1}),
+    "adamw_step_all": (([X],) * 4, {"lr": 1.0, "decayed": [3]}, {"step": 1}),
+}
+"""By op, the usual arguments, and whole numbers among them."""
 
 
 @pytest.mark.parametrize(
@@ -70,6 +82,39 @@ def test_an_argument_of_a_wrong_type_is_named(op: str, given: tuple, named: dict
     with pytest.raises(ValueError, match=f"^{re.escape(op + says)}") as raised:
         getattr(kernels, op)(*given, **named)
     assert raised.value.__cause__, "what the call raised"
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("op", WHOLE_NUMBERS)
+def test_whole_numbers_are_whole(op: str, backend: str) -> None:
+    given, others, whole = WHOLE_NUMBERS[op]
+    call = partial(getattr(kernels, op), *map(copy.deepcopy, given), **others, backend=backend)
+    call(**whole)
+    call(**{name: np.int64(number) for name, number in whole.items()})
+    for name, number in whole.items():
+        for wrong in (number + 0.5, float(number)):
+            says = f"{op}({name}): {wrong} is invalid: it must be a whole number"
+            with pytest.raises(ValueError, match=f"^{re.escape(says)}"):
+                call(**{**whole, name: wrong})
+    names = [name for _, name, _ in arguments._whole_numbers(call.func.__wrapped__)]
+    assert names == list(whole)
+
+
+def test_a_whole_number_by_its_place_and_a_step_in_any_tensor() -> None:
+    with pytest.raises(ValueError, match=r"^qkv_attention\(kv_heads\): 1.0 is invalid: it must be a whole number"):
+        kernels.qkv_attention(HEADS.repeat(1, 1, 2, 1), 1.0)
+    step = torch.nn.Parameter(torch.ones((), device=DEVICE))
+    kernels.adamw_step(*(x.clone() for x in (X,) * 4), step=step, lr=1.0)
+    for op in set(kernels.backend.OPS) - set(WHOLE_NUMBERS):
+        assert not arguments._whole_numbers(getattr(kernels, op).__wrapped__)
+
+
+@pytest.mark.parametrize("decayed", [[2.5], [-1], [33], [3, 3], []])
+def test_how_many_numbers_decay(decayed: list) -> None:
+    given = [[x.clone()] for x in (X,) * 4]
+    with pytest.raises(ValueError, match=rf"^adamw_step_all\(decayed\): {re.escape(str(decayed))} is invalid: "):
+        kernels.adamw_step_all(*given, step=1, lr=1.0, decayed=decayed)
+    assert torch.equal(given[0][0], X)
 
 
 @pytest.mark.parametrize(
