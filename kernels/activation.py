@@ -35,6 +35,7 @@ from spt_fast.kernels.fp8 import with_largest
 from spt_fast.kernels.gradients import accumulates_in_place
 from spt_fast.kernels.launch import DTYPES, Config, Variant, jit, launched, next_power_of_2, tl
 from spt_fast.kernels.linear import as_autocast, weight_gradients
+from spt_fast.kernels.linear import check as check_projection
 from spt_fast.kernels.matmul import multiply, rows_times
 
 
@@ -69,9 +70,12 @@ def swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None = None, *
     ValueError: shapes that don't fit, or a backend that isn't available. RuntimeError: dtypes that differ.
     """
     _check("swiglu_linear", gate_up)
-    if weight.dim() != 2 or 2 * weight.shape[1] != gate_up.shape[-1]:
-        expected = f"it must be [O, {gate_up.shape[-1] // 2}], for gate_up {tuple(gate_up.shape)}"
-        raise ValueError(invalid("swiglu_linear(weight)", tuple(weight.shape), expected))
+    check_projection("swiglu_linear", "gate_up", gate_up, (gate_up.shape[-1] // 2,), weight, bias)
+    return project_activated(gate_up, weight, bias, backend)
+
+
+def project_activated(gate_up: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """`swiglu_linear` of shapes that fit."""
     backend = _SWIGLU_LINEAR.pick(backend, gate_up)
     return _swiglu_linear(*as_autocast(gate_up, weight, bias), backend)
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spt_fast import native
+from spt_fast.errors import invalid
 from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op, differentiable
 from spt_fast.kernels.gradients import accumulates_in_place, gradient_of
 from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
@@ -34,8 +35,13 @@ from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
 def embedding(tokens: Tensor, weight_VD: Tensor, *, backend: str = "auto") -> Tensor:
     """Rows of weight_VD: tokens [...] int64 or int32 in [0, V) → [..., D] in the weight's dtype.
 
-    ValueError: a backend that cannot run for the weight. IndexError (on a CPU): a token outside the vocabulary.
+    ValueError: a weight or tokens of another kind, or a backend that cannot run for the weight. IndexError (on a CPU):
+    a token outside the vocabulary.
     """
+    if weight_VD.dim() != 2:
+        raise ValueError(invalid("embedding(weight_VD)", tuple(weight_VD.shape), "it must be [V, D]"))
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(invalid("embedding(tokens)", tokens.dtype, "they must be int64 or int32"))
     backend = _EMBEDDING.pick(backend, weight_VD)
     if torch.is_grad_enabled() and accumulates_in_place(weight_VD):
         return _InPlace.apply(tokens, weight_VD, backend)

@@ -24,17 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spt_fast.errors import invalid
 from spt_fast.kernels.activation import (
     SWIGLU_BACKENDS,
     activate,
+    project_activated,
     swiglu_launches,
-    swiglu_linear,
     swiglu_linear_backward,
 )
 from spt_fast.kernels.backend import Candidate, Op, is_looked_at, tried_on_gpus
 from spt_fast.kernels.gradients import accumulates_in_place
 from spt_fast.kernels.launch import Config, Variant, jit, launched, tl
-from spt_fast.kernels.linear import linear, weight_gradients
+from spt_fast.kernels.linear import check, project, weight_gradients
 from spt_fast.kernels.matmul import rows_times
 from spt_fast.kernels.persistent import SEPARATE, config, describable, described, fits, launch, place, variant
 
@@ -55,27 +56,19 @@ def swiglu_mlp(
     ValueError: shapes that don't fit, or a backend that isn't available. RuntimeError: dtypes that differ.
     """
     given = (x, gate_up_weight, down_weight, gate_up_bias, down_bias)
+    check("swiglu_mlp", "x", x, x.shape, gate_up_weight, gate_up_bias, "gate_up_")
+    F, odd = divmod(gate_up_weight.shape[0], 2)
+    if odd:
+        expected = "its rows must be gate's and as many of up"
+        raise ValueError(invalid("swiglu_mlp(gate_up_weight)", tuple(gate_up_weight.shape), expected))
+    check("swiglu_mlp", "gate_up_weight", gate_up_weight, (F,), down_weight, down_bias, "down_")
     if not is_looked_at(given):  # which is to see every op
         backend = _SWIGLU_MLP.pick(backend, x)
-        if backend == "triton" and _agree(*given) and fits(*given):
+        if backend == "triton" and fits(*given):
             launches = [_launched(kernel, _shape_class(x, gate_up_weight)) for kernel in ("forward", "backward")]
             if launches != [SEPARATE, SEPARATE]:
                 return Fused.apply(*given, *launches)
-    return swiglu_linear(linear(x, gate_up_weight, gate_up_bias), down_weight, down_bias, backend=backend)
-
-
-def _agree(
-    x: Tensor, gate_up_weight: Tensor, down_weight: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None
-) -> bool:
-    """Whether the shapes do; the separate ops say what is wrong with others."""
-    F, odd = divmod(len(gate_up_weight), 2)
-    return (
-        not odd
-        and gate_up_weight.shape[1:] == x.shape[-1:]
-        and down_weight.shape[1:] == (F,)
-        and (gate_up_bias is None or gate_up_bias.shape == (2 * F,))
-        and (down_bias is None or down_bias.shape == down_weight.shape[:1])
-    )
+    return project_activated(project(x, gate_up_weight, gate_up_bias), down_weight, down_bias, backend)
 
 
 class Fused(torch.autograd.Function):

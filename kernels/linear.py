@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spt_fast import native
+from spt_fast.errors import invalid
 from spt_fast.kernels.backend import CPU_LIBRARY, Op, accumulation_dtype, autocasts
 from spt_fast.kernels.gradients import accumulates_in_place, gradient_of
 from spt_fast.kernels.launch import Variant
@@ -34,10 +35,36 @@ _Operand = TypeVar("_Operand", Tensor, Tensor | None)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """x @ weight.T + bias: x [..., I], weight [O, I], bias [O], of one dtype, as the result.
 
-    ValueError: a backend that isn't available. RuntimeError: shapes or dtypes that don't fit.
+    ValueError: shapes that don't fit, or a backend that isn't available. RuntimeError: dtypes that differ.
     """
+    check("linear", "x", x, x.shape, weight, bias)
     if backend != "auto":
         _LINEAR.pick(backend, x)
+    return project(x, weight, bias)
+
+
+def check(
+    op: str, name: str, x: Tensor, inputs: Sequence[int], weight: Tensor, bias: Tensor | None, of: str = ""
+) -> None:
+    """ValueError for a weight or bias whose shape doesn't fit.
+
+    name    of x, the argument that decides how many inputs there are
+    inputs  their number at its end
+    of      what the names of weight and bias begin with
+    """
+    shape = weight.shape
+    if not inputs:
+        raise ValueError(invalid(f"{op}({name})", (), "it must have one or more dimensions"))
+    if len(shape) != 2 or shape[1] != inputs[-1]:
+        expected = f"it must be [O, {inputs[-1]}], for {name} {tuple(x.shape)}"
+        raise ValueError(invalid(f"{op}({of}weight)", tuple(shape), expected))
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != shape[0]):
+        expected = f"it must be [{shape[0]}], for {of}weight {tuple(shape)}"
+        raise ValueError(invalid(f"{op}({of}bias)", tuple(bias.shape), expected))
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` of shapes that fit."""
     if torch.is_grad_enabled() and accumulates_in_place(weight) and not autocasts(x):
         return _InPlace.apply(x, weight, bias)
     return F.linear(x, weight, bias) if torch.is_grad_enabled() else rows_times(x, weight.T, bias)

@@ -26,7 +26,7 @@ from spt_fast.kernels.attention import ATTENTION_BACKENDS, attend, checked, flas
 from spt_fast.kernels.backend import OPS, Candidate, Op, is_looked_at, obstacle
 from spt_fast.kernels.gradients import accumulates_in_place
 from spt_fast.kernels.launch import Config, Variant, jit, launched, tl
-from spt_fast.kernels.linear import linear, weight_gradients
+from spt_fast.kernels.linear import check, project, weight_gradients
 from spt_fast.kernels.matmul import rows_times
 from spt_fast.kernels.persistent import SEPARATE, config, describable, described, fits, launch, place, variant
 
@@ -50,12 +50,24 @@ def self_attention(
 ) -> Tensor:
     """qkv_attention of x_BTE @ weight.T + bias, a projection to heads of head_dim numbers; all else is passed on to it.
 
-    weight [S·D, E], bias [S·D], of x's dtype; the result is [B, T, H, D]. Errors are those of `linear` and
-    `qkv_attention`.
+    weight [S·D, E], bias [S·D], of x's dtype; the result is [B, T, H, D]. ValueError: shapes that don't fit, and as in
+    `qkv_attention`. RuntimeError: dtypes that differ.
     """
     K, D, positions = kv_heads, head_dim, (cos, sin, q_weight, k_weight)
+    if x_BTE.dim() != 3:
+        raise ValueError(invalid("self_attention(x_BTE)", tuple(x_BTE.shape), "it must be [B, T, E]"))
+    check("self_attention", "x_BTE", x_BTE, x_BTE.shape, weight, bias)
+    if D < 1 or weight.shape[0] % D:
+        raise ValueError(invalid("self_attention(head_dim)", D, f"it must divide the weight's {len(weight)} rows"))
     separate = q_weight is not None or is_looked_at((x_BTE, weight, bias))  # which is to see every op
-    if not separate and _launched(x_BTE, weight, D) != SEPARATE and _fits(x_BTE, weight, bias, D, *positions):
+    if (
+        not separate
+        and _launched(x_BTE, weight, D) != SEPARATE
+        and cos is not None
+        and sin is not None
+        and k_weight is None
+        and fits(x_BTE, weight, bias)
+    ):
         like = x_BTE[..., :1, None].expand(*x_BTE.shape[:2], len(weight) // D, D)
         visible, factor = checked(like, K, *positions, cu_seqlens, window, scale)
         masked = cu_seqlens is not None or visible is not None
@@ -65,36 +77,9 @@ def self_attention(
         if chosen in OTHERS:
             q, k, v = Projected.apply(x_BTE, weight, bias, cos, sin, K, D)
             return flash_attention(q, k, v, cu_seqlens=cu_seqlens, window=visible, scale=factor, backend=chosen)
-    qkv = linear(x_BTE, weight, bias)
-    if D < 1 or qkv.shape[-1] % D:
-        raise ValueError(invalid("self_attention(head_dim)", D, f"it must divide the weight's {len(weight)} rows"))
-    qkv_BTSD = qkv.unflatten(-1, (-1, D))
+    qkv_BTSD = project(x_BTE, weight, bias).unflatten(-1, (-1, D))
     op = OPS["qkv_attention"] if separate else _SELF_ATTENTION  # the one that the tuner asks for
     return attend(qkv_BTSD, K, *positions, eps, cu_seqlens, window, scale, backend, op)
-
-
-def _fits(
-    x_BTE: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    D: int,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-) -> bool:
-    """Whether the fused projection runs for these. Others are left to the separate ops, with their errors."""
-    return (
-        cos is not None
-        and sin is not None
-        and q_weight is None
-        and k_weight is None
-        and x_BTE.dim() == 3
-        and weight.shape[1:] == x_BTE.shape[2:]
-        and len(weight) % D == 0
-        and (bias is None or bias.shape == weight.shape[:1])
-        and fits(x_BTE, weight, bias)
-    )
 
 
 class Fused(torch.autograd.Function):

@@ -117,9 +117,46 @@ def test_how_many_numbers_decay(decayed: list) -> None:
     assert torch.equal(given[0][0], X)
 
 
+PROJECTIONS = {
+    "linear": ((X, W), ("weight", "bias"), "x"),
+    "swiglu_linear": ((X, W[:, :4]), ("weight", "bias"), "gate_up"),
+    "swiglu_mlp": ((X, W, W[:, :4]), ("gate_up_weight", "down_weight", "gate_up_bias", "down_bias"), "x"),
+    "self_attention": ((X[None], W, 1, 2), ("weight", None, None, "bias"), "x_BTE"),
+}
+"""By op, the usual arguments; the names of those after x; and of x."""
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("op", PROJECTIONS)
+def test_weights_and_biases_of_other_shapes_are_named(op: str, grad: bool) -> None:
+    """Also those that PyTorch would broadcast."""
+    given, names, first = PROJECTIONS[op]
+
+    def refused(place: int, name: str, wrong: torch.Tensor, expected: str = "it must be ") -> None:
+        changed = [*given, *[None] * (len(names) + 1 - len(given))]
+        changed[place] = wrong
+        says = f"{op}({name}): {tuple(wrong.shape)} is invalid: {expected}"
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=f"^{re.escape(says)}"):
+            getattr(kernels, op)(*changed)
+
+    for place, name in enumerate(names, 1):
+        if name is None:
+            continue
+        weight = given[place] if "weight" in name else given[names.index(name.replace("bias", "weight")) + 1]
+        O, I = weight.shape  # noqa: E741
+        for wrong in ((O, I + 1), (I,), (1, O, I)) if "weight" in name else ((O + 2,), (1,), (), (4, O)):
+            expected = f"it must be [O, {I}]" if "weight" in name else f"it must be [{O}]"
+            refused(place, name, X.new_ones(wrong), expected)
+    refused(0, first, X[0, 0], "it" if op != "swiglu_linear" else "its last dimension must be")
+    if op == "swiglu_mlp":
+        refused(1, "gate_up_weight", W[:7], "its rows must be gate's and as many of up")
+    if op == "self_attention":
+        refused(0, "x_BTE", X, "it must be [B, T, E]")
+
+
 @pytest.mark.parametrize(
     ("call", "error"),
-    [(lambda: kernels.linear(X, W[:, :3]), RuntimeError), (lambda: kernels.rms_norm(X), TypeError)],
+    [(lambda: kernels.linear(X, W.double()), RuntimeError), (lambda: kernels.rms_norm(X), TypeError)],
 )
 def test_other_errors_stay_as_they_are(call: Callable[[], object], error: type[Exception]) -> None:
     with pytest.raises(error) as raised:
@@ -151,6 +188,11 @@ def test_every_op_goes_to_another_process_and_what_it_takes_can_be_said() -> Non
         (lambda: kernels.self_attention(X[None], W, 1, 0), r"head_dim\): 0 is invalid: it must divide the weight's 8"),
         (lambda: kernels.self_attention(X[None], W, 1, 3), r"head_dim\): 3 is invalid: it must divide the weight's 8"),
         (lambda: kernels.linear_cross_entropy(X, W[:0], TARGETS), r"weight is \(0, 8\), .* V above 0"),
+        (lambda: kernels.embedding(TARGETS, W[0]), r"embedding\(weight_VD\): \(8,\) is invalid: it must be \[V, D\]"),
+        (
+            lambda: kernels.embedding(TARGETS.bool(), W),
+            r"embedding\(tokens\): torch.bool is invalid: they must be int64",
+        ),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(call: Callable[[], object], says: str) -> None:

@@ -181,14 +181,16 @@ def test_without_gradients() -> None:
         torch.testing.assert_close(swiglu_mlp(*given, backend="triton"), plain(*given), rtol=1e-4, atol=1e-4)
 
 
-def test_shapes_that_do_not_fit_are_refused_as_by_the_separate_ops() -> None:
+@pytest.mark.parametrize("kernels", [(), ("forward", "backward")])
+def test_shapes_that_do_not_fit_are_refused(kernels: tuple[str, ...]) -> None:
     x, gate_up_weight, down_weight, _, bias = inputs((2,), torch.float32)
-    with pytest.raises(ValueError, match=r"swiglu_linear\(weight\)"):
-        swiglu_mlp(x, gate_up_weight, down_weight[:, 1:])
-    with pytest.raises(RuntimeError, match="shapes"):
-        swiglu_mlp(x[:, 1:], gate_up_weight, down_weight)
-    with fused("forward", "backward"), pytest.raises(RuntimeError):
-        swiglu_mlp(x, gate_up_weight, down_weight, bias)
+    with fused(*kernels):
+        with pytest.raises(ValueError, match=r"swiglu_mlp\(down_weight\): \(8, 31\) .* \[O, 32\], for gate_up_weight"):
+            swiglu_mlp(x, gate_up_weight, down_weight[:, 1:])
+        with pytest.raises(ValueError, match=r"swiglu_mlp\(gate_up_weight\): \(64, 24\) .* \[O, 23\], for x \(2, 23\)"):
+            swiglu_mlp(x[:, 1:], gate_up_weight, down_weight)
+        with pytest.raises(ValueError, match=r"swiglu_mlp\(gate_up_bias\): \(8,\) .* \[64\], for gate_up_weight"):
+            swiglu_mlp(x, gate_up_weight, down_weight, bias)
 
 
 def test_candidates_are_the_launches_of_every_kernel() -> None:

@@ -216,7 +216,8 @@ def test_bad_arguments_are_refused(in_kernel: bool) -> None:
         refused(r"qkv_attention\(cos\)", ValueError, x, weight, K, D, bias, cos[1:], sin[1:])
         refused(r"qkv_attention\(window\)", ValueError, x, weight, K, D, bias, cos, sin, window=0)
         refused("sin is missing", ValueError, x, weight, K, D, bias, cos)
-        refused("shape|size", RuntimeError, x[..., 1:], weight, K, D, bias, cos, sin)
+        refused(r"self_attention\(weight\)", ValueError, x[..., 1:], weight, K, D, bias, cos, sin)
+        refused(r"self_attention\(bias\)", ValueError, x, weight, K, D, bias[1:], cos, sin)
         refused(r"self_attention\(head_dim\): 7 is invalid", ValueError, x, weight, K, 7, bias, cos, sin)
         problem = r"self_attention\(backend\): 'tirton' is invalid: unknown; the op has auto, "
         refused(problem, ValueError, x, weight, K, D, bias, cos, sin, backend="tirton")
