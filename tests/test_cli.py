@@ -182,6 +182,28 @@ def test_text_of_the_command_line_is_utf8_in_every_locale() -> None:
         flags.text("na\udcefve")
 
 
+@pytest.mark.parametrize(("rank", "said"), [("0", "spt-fast: phase first: loss is nan\n"), ("1", "")])
+def test_of_several_processes_the_first_says_why_a_run_failed(
+    recipe: Path, rank: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = SimpleNamespace(status="failed", reason="phase first: loss is nan")
+    monkeypatch.setattr("spt_fast.train", lambda *_, **__: failed)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "argv", ["spt-fast", "train", str(recipe)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert (exit_.value.code, capsys.readouterr().err) == (1, said)
+
+
+@pytest.mark.parametrize("words", [("plan", "r.yaml", "--gpuss"), ("tokenizer", "--vocab"), ("tokenizer", "tran")])
+def test_a_misuse_of_a_command_of_one_process_waits_for_no_other(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spt_fast.train.world.join_world", lambda **_: pytest.fail("joins the others"))
+    found = CliRunner().invoke(cli.app, words, env={"RANK": "0", "WORLD_SIZE": "2"})
+    assert (found.exit_code, "No such " in found.output) == (2, True)
+
+
 def test_internal_errors_are_not_reported_as_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spt_fast.train.tuning.chosen_backends", lambda: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["spt-fast", "kernels"])

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -115,6 +115,41 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             print_message("spt-fast: interrupted")
             raise typer.Exit(130) from None
+
+
+UsageError: Any = typer.BadParameter.__base__
+
+
+class AllCommands(Commands):
+    """The commands of the program: of several processes that a launcher started, one says what is wrong with the
+    command line."""
+
+    def make_context(self, *given: Any, **named: Any) -> Any:
+        try:
+            return super().make_context(*given, **named)
+        except UsageError as error:
+            _raise_in_one(error)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            if ctx.invoked_subcommand in (None, "train"):  # only the first process runs other commands
+                _raise_in_one(error)
+            raise
+
+
+def _raise_in_one(error: Exception) -> NoReturn:
+    """Raise `error` in one of the processes that a launcher started, FailedElsewhere in the others."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from spt_fast.train.world import before_joining
+
+        before_joining(partial(_raise, error))
+    raise error
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 class Command(TyperCommand):

@@ -15,7 +15,7 @@ import typer
 from typer import Option
 
 from spt_fast import __version__
-from spt_fast.cli.flags import Command, Commands, is_first
+from spt_fast.cli.flags import AllCommands, Command, Commands, is_first
 from spt_fast.printing import as_json, terminal
 from spt_fast.progress import be_quiet
 
@@ -73,7 +73,7 @@ def _that_listens(work: Callable[..., None]) -> Callable[..., None]:
 
 
 app = Program(
-    cls=Commands,
+    cls=AllCommands,
     help="Specialized pretraining: decide how much domain data goes into pretraining, then train that model fast.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

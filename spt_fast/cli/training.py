@@ -27,6 +27,7 @@ from spt_fast.cli.flags import (
     stopped,
 )
 from spt_fast.cli.program import app, checkpoint_app, example, out, print_json
+from spt_fast.errors import FailedElsewhere
 from spt_fast.printing import print_facts, print_named, print_table, terminal
 from spt_fast.train.signals import StopRequest
 
@@ -147,7 +148,7 @@ def train(
     if trained.status == "stopped":
         raise stopped(trained.reason)
     if trained.status == "failed":
-        raise RuntimeError(trained.reason)
+        raise RuntimeError(trained.reason) if is_first() else FailedElsewhere(trained.reason)
     if is_first():
         print_summary(loaded, trained.summary, terminal(lasting=True))
 

@@ -275,6 +275,17 @@ def test_a_recipe_that_cannot_be_read_is_said_once(data: Path, misspelt_in: tupl
     ]
 
 
+def test_a_misuse_of_the_command_line_is_said_once(data: Path) -> None:
+    """Also one that is noticed before it is known that the command trains."""
+    misuses = {"No such option": ["train", "recipe.yaml", "--nosuch"], "No such command": ["trian", "recipe.yaml"]}
+    started = {what: Ranks(2, [{"command": words}], data / f"{what}.said") for what, words in misuses.items()}
+    for what, ranks in started.items():
+        ranks.wait(PATIENCE_S)
+        ended, said = ranks.end(0)
+        assert not ended
+        assert said.count(what) == 1, said
+
+
 def test_a_process_that_dies_ends_the_job(data: Path) -> None:
     """Long before the half hour that a collective waits."""
     path = data / "dead.json"
