@@ -45,15 +45,21 @@ def curves_of(folders: Sequence[Path]) -> list[Curve]:
     found = []
     for run in (run for folder in folders for run in (folder, *sorted(folder.glob("runs/*")))):
         try:
-            phases, steps = (summary_of(run) or {}).get("phases", {}), records_of(run, "train")
+            found += _of_run(run)
         except CheckpointError:
             continue
-        for phase, done in phases.items():
-            own = [step for step in steps if step["phase"] == phase and step.get("arm", 0) == done.get("arm", 0)]
-            parts = np.array_split(np.arange(len(own)), min(len(own), MOST_POINTS)) if own else []
-            values = {name: np.array([step[name] for step in own], float) for name in ("tokens", *FIGURES)}
-            means = {name: np.array([each[part].mean() for part in parts]) for name, each in values.items()}
-            if parts:
-                trained = done.get("tokens", int(values["tokens"][-1]))
-                found.append(Curve(run.name, phase, means.pop("tokens"), means, trained))
+    return found
+
+
+def _of_run(run: Path) -> list[Curve]:
+    found = []
+    phases, steps = (summary_of(run) or {}).get("phases", {}), records_of(run, "train")
+    for phase, done in phases.items():
+        own = [step for step in steps if step["phase"] == phase and step.get("arm", 0) == done.get("arm", 0)]
+        parts = np.array_split(np.arange(len(own)), min(len(own), MOST_POINTS)) if own else []
+        values = {name: np.array([step[name] for step in own], float) for name in ("tokens", *FIGURES)}
+        means = {name: np.array([each[part].mean() for part in parts]) for name, each in values.items()}
+        if parts:
+            trained = done.get("tokens", int(values["tokens"][-1]))
+            found.append(Curve(run.name, phase, means.pop("tokens"), means, trained))
     return found

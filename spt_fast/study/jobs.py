@@ -8,7 +8,6 @@ cores: 2,000 tokens/s for one process with two threads, 14,000 for two processes
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -23,10 +22,11 @@ import torch
 from rich.console import Console
 
 from spt_fast.config import Recipe, load_recipe
-from spt_fast.errors import RecipeError, counted
+from spt_fast.errors import CheckpointError, RecipeError, counted
 from spt_fast.progress import Line, Screen, time_left
 from spt_fast.quantities import duration
 from spt_fast.train.folder import summary_of
+from spt_fast.train.recorded import record_of
 from spt_fast.train.resume import changes
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.world import LAUNCHED_BY
@@ -260,14 +260,17 @@ def progress_of(recipe: Recipe) -> tuple[float, str]:
     """The finished share of a recipe's training, by tokens of all arms of its grids; and its phase and step."""
     if is_done(recipe):
         return 1.0, "done"
-    last = _last_record(Path(recipe.run) / "metrics.jsonl")
-    names = [phase.name for phase in recipe.phases]
-    if last is None or last["phase"] not in names:  # not started, or another recipe, which the trainer will refuse
+    try:
+        last = _last_record(Path(recipe.run) / "metrics.jsonl")
+        names = [phase.name for phase in recipe.phases]
+        if last is None or last["phase"] not in names:  # not started, or another recipe, which the trainer will refuse
+            return 0.0, ""
+        at = names.index(last["phase"])
+        behind = sum(phase.tokens * len(phase.arms()) for phase in recipe.phases[:at])
+        behind += last["arm"] * recipe.phases[at].tokens + last["tokens"]
+        return min(1.0, behind / _tokens(recipe)), f"{last['phase']}, step {last['step']}"
+    except CheckpointError:  # a damaged record, after which others may come
         return 0.0, ""
-    at = names.index(last["phase"])
-    behind = sum(phase.tokens * len(phase.arms()) for phase in recipe.phases[:at])
-    behind += last["arm"] * recipe.phases[at].tokens + last["tokens"]
-    return min(1.0, behind / _tokens(recipe)), f"{last['phase']}, step {last['step']}"
 
 
 def _tokens(recipe: Recipe) -> int:
@@ -282,7 +285,7 @@ def _last_record(metrics: Path) -> dict[str, Any] | None:
     with metrics.open("rb") as lines:
         lines.seek(max(0, metrics.stat().st_size - LAST_RECORD_BYTES))
         whole = lines.read().split(b"\n")[:-1]
-    return json.loads(whole[-1]) if whole else None
+    return record_of(whole[-1], metrics, 0) if whole else None
 
 
 def _percent(share: float) -> str:

@@ -9,7 +9,6 @@ read before: the comparison is of the former, and has the losses after the latte
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from typing import Any
 
 from spt_fast.config import Phase, Recipe
 from spt_fast.errors import CheckpointError, RecipeError, some
-from spt_fast.files import check_regular
 from spt_fast.printing import plain
 from spt_fast.quantities import percent
 from spt_fast.study.finetunes import OfBase, Treatment
+from spt_fast.train import recorded
 from spt_fast.train.folder import recipe_of, summary_of
 from spt_fast.train.lineage import Trained, parent_of, trained_before
 from spt_fast.train.recorded import Recorded
@@ -287,17 +286,18 @@ def evaluations_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def records_of(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The "train" or "eval" records of a run's metrics.jsonl; CheckpointError for a damaged file."""
-    metrics = folder / "metrics.jsonl"
-    try:
-        check_regular(metrics)
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-        records = (json.loads(line, object_hook=_with_nan) for line in lines)
-        return [record for record in records if record["kind"] == kind]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{metrics}: cannot be read as JSON lines ({error}); train the run again") from None
+    """The "train" or "eval" records of a run's metrics.jsonl; CheckpointError for a damaged file, also later for a
+    field that a record lacks."""
+    records = recorded.records_of(folder, kind)
+    for record in records:
+        _restore_nan(record)
+    return [*records]
 
 
-def _with_nan(record: dict[str, Any]) -> dict[str, Any]:
-    """A record with the values restored that JSON has no number for: NaN in place of null."""
-    return {key: math.nan if value is None else value for key, value in record.items()}
+def _restore_nan(fields: dict[str, Any]) -> None:
+    """NaN in place of null: JSON has no number for it."""
+    for name, value in fields.items():
+        if value is None:
+            fields[name] = math.nan
+        elif isinstance(value, dict):
+            _restore_nan(value)

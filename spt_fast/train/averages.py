@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from spt_fast.files import write_text
 from spt_fast.model import hf
 from spt_fast.train.folder import recipe_of, write_summary
 from spt_fast.train.health import failure, standing
+from spt_fast.train.recorded import records_of
 from spt_fast.train.state import ArmResult, Evaluation, PhaseResult
 from spt_fast.train.world import World
 
@@ -41,15 +42,10 @@ def arms_of(run: Path, arms: Sequence[ArmResult], other: Averaged) -> list[ArmRe
     """The finished arms of a run, with the losses of another average; only those whose losses were recorded."""
     found = {
         record["arm"]: Evaluation(record["step"], _losses(record), record["standard_errors"])
-        for record in _records(run)
+        for record in records_of(run, "eval")
         if record.get("average") == float(other.share)
     }
     return [of_average(arm, found[index]) for index, arm in enumerate(arms) if index in found]
-
-
-def _records(run: Path) -> Iterator[dict[str, Any]]:
-    with (run / METRICS).open(encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
 
 
 def _losses(record: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -111,7 +107,7 @@ def _finish(run: Path, other: Averaged, facts: Mapping[str, Any]) -> None:
     folder, recipe = _unfinished(other), recipe_of(run)
     phase = replace(recipe.phases[0], average=other.share, also_average=())
     share = float(other.share)
-    own = [json.dumps(record) for record in _records(run) if record.get("average", share) == share]
+    own = [json.dumps(record) for record in records_of(run) if record.get("average", share) == share]
     hf.carry(run, folder)
     if (run / hf.BASE_CONFIG).exists():
         shutil.copyfile(run / hf.BASE_CONFIG, folder / hf.BASE_CONFIG)

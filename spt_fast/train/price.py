@@ -9,10 +9,10 @@ known: steps with offload have no time here, and messages count only as far as t
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens
 from spt_fast.train.folder import recipe_of
 from spt_fast.train.plan import PhaseFigures, Plan
 from spt_fast.train.precision import Precision, pick_precision
+from spt_fast.train.recorded import records_of
 from spt_fast.train.world import pick_device
 
 ASSUMED_MFU, ASSUMED = 0.4, "assumed"
@@ -217,11 +218,10 @@ def speed_of(plan: Plan, machine: Machine, *, mfu: float | None = None, run: Pat
 
 def _measured(plan: Plan, machine: Machine, run: Path, *, required: bool) -> Speed | None:
     path = run / "metrics.jsonl"
-    try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        rates = [(r.get("phase"), r["tokens_per_s"], r["mfu"]) for r in records if r["kind"] == "train"]
-    except (OSError, ValueError, KeyError, TypeError):
-        rates = []
+    rates = []
+    if path.exists():
+        with nullcontext() if required else suppress(CheckpointError):
+            rates = [(r.get("phase", ""), r["tokens_per_s"], r["mfu"]) for r in records_of(run, "train")]
     if not rates:
         if required:
             raise CheckpointError(f"{run}: no training step is logged in metrics.jsonl; give a run that has trained")

@@ -33,6 +33,7 @@ from spt_fast.files import replacing, write_text
 from spt_fast.model.flops import parameters
 from spt_fast.train.engine import EngineInterface
 from spt_fast.train.plan import Plan
+from spt_fast.train.recorded import records_of
 from spt_fast.train.world import dtype_name
 
 PROJECT = "spt-fast"
@@ -268,8 +269,7 @@ class Table:
         if path.exists():
             with path.open(encoding="utf-8", newline="") as file:
                 before = list(csv.DictReader(file))
-        with (run.folder / "metrics.jsonl").open(encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
+        records = records_of(run.folder)
         with replacing(path) as whole, whole.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()

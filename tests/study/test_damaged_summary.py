@@ -1,4 +1,4 @@
-"""Damage to a run's summary.json is named, field by field, by whatever reads the run."""
+"""Damage to a run's summary.json and metrics.jsonl is named, field by field, by whatever reads the run."""
 
 from __future__ import annotations
 
@@ -133,3 +133,70 @@ def test_a_summary_is_copied_as_other_mappings_are(runs: Path) -> None:
     assert summary is not None
     for copied in (type(summary)(summary.items()), copy.deepcopy(summary), pickle.loads(pickle.dumps(summary))):
         assert copied == summary == json.loads((runs / SPT / "summary.json").read_text())
+
+
+OF_A_STEP = {"kind", "phase", "arm", "step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu"}
+OF_AN_EVALUATION = {"kind", "phase", "arm", "step", "tokens", "heldout", "select", "train"}
+
+
+def refused(runs: Path, kind: str, change: Callable[[dict[str, Any], str], None]) -> dict[str, set[str]]:
+    """The fields of the last record of a kind, by what reads the run, that are named while they alone are changed; for
+    curves those without which the run is left out."""
+    file = runs / SPT / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    number, whole = [(i, record) for i, record in enumerate(map(json.loads, lines)) if record["kind"] == kind][-1]
+    found: dict[str, set[str]] = {reader: set() for reader in READERS}
+    for name in whole:
+        record = dict(whole)
+        change(record, name)
+        file.write_text("\n".join([*lines[:number], json.dumps(record), *lines[number + 1 :]]))
+        for reader in ("table", "compare"):
+            says = what_is_said(lambda read=READERS[reader]: read(runs))  # type: ignore[misc]
+            named = re.fullmatch(rf"(.+): is damaged.* \(line {number + 1}: `{name}` is .+\); train.* again", says)
+            assert not says or (named and named[1] == str(file)), says
+            found[reader] |= {name} if says else set()
+        found["curves"] |= set() if any(curve.run == SPT for curve in READERS["curves"](runs)) else {name}
+    file.write_text("\n".join(lines))
+    return found
+
+
+def what_is_said(read: Callable[[], Any]) -> str:
+    try:
+        read()
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_a_record_without_a_field_is_named_where_it_is_needed(runs: Path) -> None:
+    def leave_out(record: dict[str, Any], name: str) -> None:
+        del record[name]
+
+    assert refused(runs, "train", leave_out) == {
+        "table": {"kind"},
+        "compare": {"kind"},
+        "curves": OF_A_STEP - {"step", "mfu"},
+    }
+    assert refused(runs, "eval", leave_out) == {
+        "table": OF_AN_EVALUATION,
+        "compare": OF_AN_EVALUATION - {"select", "train"},
+        "curves": {"kind"},
+    }
+
+
+def test_a_field_of_another_type_in_a_record_is_named(runs: Path) -> None:
+    for kind, fields_ in (("train", OF_A_STEP), ("eval", OF_AN_EVALUATION)):
+        found = refused(runs, kind, lambda record, name: record.update({name: [1]}))
+        assert found == dict.fromkeys(READERS, fields_)
+
+
+@pytest.mark.parametrize("line", ["", "7", "[]", '{"kind": "eval"', "[" * 99_999], ids=lambda line: line[:20])
+def test_a_line_that_is_no_record_is_named(runs: Path, line: str) -> None:
+    file = runs / SPT / "metrics.jsonl"
+    file.write_text(f"{file.read_text()}{line}\n")
+    start = f"{file}: is damaged (line {len(file.read_text().splitlines())}: it is "
+    for reader in ("table", "compare"):
+        says = what_is_said(lambda read=READERS[reader]: read(runs))  # type: ignore[misc]
+        assert says.startswith(start)
+        assert says.endswith("); train the run again")
+    assert {curve.run for curve in READERS["curves"](runs)} == {PRETRAINED}

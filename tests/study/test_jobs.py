@@ -38,6 +38,8 @@ def test_progress_counts_tokens_over_phases_and_grid_arms(tmp_path: Path) -> Non
     assert after(phase="finetune", arm=0, step=0, tokens=0) == 0.6
     assert after(phase="finetune", arm=1, step=1, tokens=1000) == 0.9
     assert after(phase="a recipe's before it was edited", arm=0, step=1, tokens=3000) == 0.0
+    assert after(arm=0, step=1, tokens=3000) == 0.0
+    assert after(phase="pretrain", arm="0", step=1, tokens=3000) == 0.0
     assert progress_of(recipe) == (0.0, "")  # an empty file
     (run / "metrics.jsonl").unlink()
     assert progress_of(recipe) == (0.0, "")

@@ -114,6 +114,9 @@ def test_without_a_gpu_only_measured_tokens_give_a_time(recipe: Recipe, tmp_path
         speed_of(plan, here, run=tmp_path / "other")
     with pytest.raises(CheckpointError, match="no training step is logged"):
         speed_of(plan, here, run=tmp_path / "absent")
+    (tmp_path / "other" / "metrics.jsonl").write_text('{"kind": "train", "mfu": 0.3}\n')
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: is damaged .*\(line 1: `tokens_per_s` is missing"):
+        speed_of(plan, here, run=tmp_path / "other")
 
 
 def test_memory_is_of_the_phase_that_needs_most(recipe: Recipe) -> None:
