@@ -141,7 +141,10 @@ class Op:
 @contextmanager
 def prefer(backend: str) -> Iterator[None]:
     """Inside, `auto` uses this backend for every op that has it and can run it; "auto" itself changes nothing.
-    BackendError for one that no op has."""
+
+    It holds for all threads of the process: on autograd's own a checkpointed block is computed again. BackendError for
+    one that no op has.
+    """
     known = dict.fromkeys(["auto", *(name for op in OPS.values() for name in op.backends)])
     if backend not in known:
         raise BackendError(invalid("prefer(backend)", backend, f"unknown; there are {', '.join(known)}"))

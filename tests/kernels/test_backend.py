@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -44,8 +45,9 @@ def test_where_a_backend_can_run(backend: str, device: str, dtype: torch.dtype, 
 
 
 def test_prefer_moves_a_backend_to_the_front_where_it_can_run() -> None:
-    with kernels.prefer("reference"):
+    with kernels.prefer("reference"), ThreadPoolExecutor() as others:
         assert set(kernels.auto_backends().values()) == {"reference"}
+        assert others.submit(kernels.auto_backends).result() == kernels.auto_backends()
     before = kernels.auto_backends()
     with kernels.prefer("auto"):
         assert kernels.auto_backends() == before
