@@ -232,9 +232,10 @@ def _reference_backward(
     dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, *, again: bool = False
 ) -> None:
     torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
-    torch.mul(dy, F.silu(gate), out=dup)
+    silu = F.silu(gate)
+    torch.mul(dy, silu, out=dup)
     if again:
-        torch.mul(F.silu(gate), up, out=dy)
+        torch.mul(silu, up, out=dy)
 
 
 # ------------------------------------------------------------------------------------------------ csrc/activation.cpp
