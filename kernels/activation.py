@@ -36,7 +36,7 @@ from spt_fast.kernels.gradients import accumulates_in_place
 from spt_fast.kernels.launch import DTYPES, Config, Variant, jit, launched, next_power_of_2, tl
 from spt_fast.kernels.linear import as_autocast, weight_gradients
 from spt_fast.kernels.linear import check as check_projection
-from spt_fast.kernels.matmul import multiply, rows_times
+from spt_fast.kernels.matmul import multiply, rows_times, shaped
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
@@ -127,7 +127,7 @@ def _swiglu(gate: Tensor, up: Tensor | None, largest: bool, backend: str) -> tup
     """(y [..., F], the largest magnitudes in its rows, by parts, or [0]); without up, gate [..., 2F] holds both."""
     amax = _empty_amax("forward", gate, up, largest, backend)
     gate, up = _halves(gate, up)
-    return _forward(_rows(gate), _rows(up), amax, backend).view(gate.shape), amax
+    return shaped(_forward(_rows(gate), _rows(up), amax, backend), gate.shape), amax
 
 
 def activate(gate_up: Tensor, backend: str) -> Tensor:

@@ -36,7 +36,7 @@ from spt_fast.kernels.backend import Candidate, Op, is_looked_at, tried_on_gpus
 from spt_fast.kernels.gradients import accumulates_in_place
 from spt_fast.kernels.launch import Config, Variant, jit, launched, tl
 from spt_fast.kernels.linear import check, project, weight_gradients
-from spt_fast.kernels.matmul import rows_times
+from spt_fast.kernels.matmul import rows_times, shaped
 from spt_fast.kernels.persistent import SEPARATE, config, describable, described, fits, launch, place, variant
 
 
@@ -96,7 +96,7 @@ class Fused(torch.autograd.Function):
         # The parameters themselves: a checkpoint's copies of saved tensors are not.
         parameters = (gate_up_weight, gate_up_bias, down_weight, down_bias)
         ctx.in_place = [parameter if accumulates_in_place(parameter) else None for parameter in parameters]
-        return rows_times(y_NF, down_weight.T, down_bias).view(*x.shape[:-1], len(down_weight))
+        return shaped(rows_times(y_NF, down_weight.T, down_bias), (*x.shape[:-1], len(down_weight)))
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:

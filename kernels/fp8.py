@@ -43,6 +43,7 @@ from spt_fast.errors import invalid
 from spt_fast.kernels.backend import Candidate, Op, custom_op, differentiable, tried_on_gpus
 from spt_fast.kernels.gradients import in_place
 from spt_fast.kernels.launch import DTYPES, Config, Variant, jit, launched, multiprocessors, next_power_of_2, tl
+from spt_fast.kernels.matmul import shaped
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 SMALLEST = 1e-30
@@ -132,7 +133,7 @@ def _linear(
     """(y, x transposed in fp8, its scale); the gradient belongs to the weight itself."""
     q, scale, x_IN, x_scale = _QUANTISE_BOTH[backend](_flat(x), FORWARD, largest)
     y = _product(q, scale, w_OI.view(FORWARD), w_scale_O1, torch.bfloat16, backend)
-    return y.to(x.dtype).view(*x.shape[:-1], len(w_OI)), x_IN.view(torch.uint8), x_scale
+    return shaped(y.to(x.dtype), (*x.shape[:-1], len(w_OI))), x_IN.view(torch.uint8), x_scale
 
 
 @custom_op(

@@ -9,6 +9,8 @@ shapes, never on a measurement, so that a resumed run computes as before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,13 @@ def rows_times(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         y = torch.addmm(bias, rows, matrix)
     else:
         y = multiply(rows, matrix) if bias is None else multiply(rows, matrix) + bias
-    return y.view(*x.shape[:-1], matrix.shape[1])
+    return shaped(y, (*x.shape[:-1], matrix.shape[1]))
+
+
+def shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """A new tensor y in another shape, for an autograd Function to return: of a view autograd allows no change in
+    place."""
+    return torch.ops.aten._unsafe_view(y, shape)
 
 
 def _is_ours(a: Tensor, b: Tensor) -> bool:

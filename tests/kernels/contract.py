@@ -211,6 +211,24 @@ class Contract:
             assert_same(expected, sample.results(function, copies(inputs), each), loose=backend in sample.loose)
 
     @by_more_than_chance
+    def test_a_result_changed_in_place(self, sample: Sample, backend: str) -> None:
+        """Has the right gradients, or PyTorch says that they needed it."""
+        if not sample.gradients:
+            pytest.skip("it works in place itself")
+        inputs = sample.inputs(sample.rows, self.dtype_of(sample, backend))
+        given = [x.requires_grad_(number < sample.gradients) for number, x in enumerate(copies(inputs))]
+        outputs = sample.on(backend)(*given)
+        upstream = [random_tensors([y.shape], y.dtype)[0] for y in outputs]
+        changed = [y.mul_(2) for y in outputs]
+        try:
+            found = torch.autograd.grad(changed, given[: sample.gradients], upstream)
+        except RuntimeError as error:
+            assert "has been modified by an inplace operation" in str(error)  # noqa: PT017
+        else:
+            expected = sample.results(sample.on(backend), inputs, [2 * u for u in upstream])[len(outputs) :]
+            assert_same(expected, found, loose=backend in sample.loose)
+
+    @by_more_than_chance
     def test_memory_that_was_never_written(self, sample: Sample, backend: str, dtype: torch.dtype) -> None:
         """Where PyTorch fills new memory with NaN, the results are the same."""
         inputs = sample.inputs(sample.rows, dtype)

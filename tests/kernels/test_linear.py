@@ -61,7 +61,7 @@ def test_in_place_it_adds_to_the_gradient_and_returns_none() -> None:
     weight.requires_grad_()
     accumulate_in_place([weight])
     weight.grad = held = torch.ones(5, 4, device=DEVICE)
-    linear(x, weight).sum().backward()
+    linear(x, weight).mul_(1).sum().backward()
     assert weight.grad is held
     torch.testing.assert_close(held, 1 + x.sum(0).expand(5, 4))
     with torch.no_grad():
