@@ -44,6 +44,7 @@ from spt_fast.fields import (
     setting,
     text,
 )
+from spt_fast.files import place
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.presets import PRESETS
 from spt_fast.optimizers import OPTIMIZERS, Optimizer, parse_optimizer
@@ -629,6 +630,7 @@ def load_recipe(path: str | Path, overrides: str | Sequence[str] = ()) -> Recipe
     `overrides`: one or several "a.b=c" strings. The value is YAML; phases go by name or position
     ("phases.finetune.optimizer.lr=1e-4"). Raises RecipeError, which names the field, what was given and the remedy.
     """
+    path = place(path, "recipe")
     raw = read_yaml(path)
     if isinstance(raw, dict) and "stages" in raw and "phases" not in raw:
         raise RecipeError(f"{path}: is a study, not a recipe; train its runs with `spt-fast sweep`")

@@ -22,7 +22,7 @@ import yaml
 
 from spt_fast.data.mixture import exact_share
 from spt_fast.errors import RecipeError, SptError, cut, invalid, nearest, shown, shown_key
-from spt_fast.files import check_regular, expanded
+from spt_fast.files import NO_USER, check_regular, expanded, settled
 from spt_fast.synonyms import unknown_key
 
 # -------------------------------------------------------------------------------------------- values and their units
@@ -170,8 +170,8 @@ def path(value: object, where: str) -> str:
     if not found:
         raise RecipeError(invalid(where, given, "it expands to nothing; set the variable, or write the path itself"))
     if found.startswith("~"):
-        raise RecipeError(invalid(where, given, "this machine has no such user; write ./~… for the name of a file"))
-    return found
+        raise RecipeError(invalid(where, given, NO_USER))
+    return str(settled(found)) if str(PurePath(found)).startswith("~") else found
 
 
 def paths(value: object, where: str) -> str | tuple[str, ...]:

@@ -10,10 +10,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from spt_fast.errors import SptError, invalid
+
 
 def expanded(path: str) -> str:
     """A path with ~, ~user, $NAME and ${NAME} expanded where the environment defines them."""
     return os.path.expanduser(os.path.expandvars(path))
+
+
+NO_PATH = "the path is empty; name a file or folder, or write . for the working directory"
+NO_USER = "this machine has no such user; write ./~… for the name of a file"
+
+
+def place(given: object, argument: str) -> Path:
+    """The path that a call was given as `argument`, `expanded`. SptError for what is no path."""
+    if not isinstance(given, (str, os.PathLike)):
+        raise SptError(invalid(argument, given, "give a path"), argument=True)
+    found = expanded(str(os.fspath(given)))
+    if not found or found.startswith("~"):
+        raise SptError(invalid(argument, given, NO_USER if found else NO_PATH), argument=True)
+    return settled(found)
+
+
+def settled(expanded: str) -> Path:
+    """A path that stays as it is if it is expanded again, as that of ./~x."""
+    path = Path(expanded)
+    return path.absolute() if str(path).startswith("~") else path
 
 
 def looked_in(path: Path) -> str:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from spt_fast.errors import RecipeError, SptError
+from spt_fast.files import place
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,7 +85,8 @@ def tokenizer(
     from spt_fast.fields import integer
 
     vocab_size = _parsed(integer(), vocab_size, "vocab_size")
-    return train_tokenizer(inputs, vocab_size, out, text_key=text_key, skip_bad=skip_bad, progress=progress)
+    texts, to = _paths(inputs, "inputs"), place(out, "out")
+    return train_tokenizer(texts, vocab_size, to, text_key=text_key, skip_bad=skip_bad, progress=progress)
 
 
 def prepare(
@@ -119,9 +121,9 @@ def prepare(
     from spt_fast.fields import integer, parse_share
 
     return prepare(
-        inputs,
-        out,
-        tokenizer,
+        _paths(inputs, "inputs"),
+        place(out, "out"),
+        place(tokenizer, "tokenizer") if isinstance(tokenizer, (str, os.PathLike)) else tokenizer,
         eos=eos,
         bos=bos,
         text_key=text_key,
@@ -166,11 +168,11 @@ def init(
     from spt_fast.fields import number
 
     return begin(
-        general,
-        domain,
-        out,
-        init=init,
-        tokenizer=tokenizer,
+        place(general, "general"),
+        place(domain, "domain"),
+        place(out, "out"),
+        init=_place(init, "init"),
+        tokenizer=_place(tokenizer, "tokenizer"),
         hours=_parsed(number(0, open_low=True), hours, "hours"),
         text_key=text_key,
         skip_bad=skip_bad,
@@ -227,8 +229,8 @@ def plan(
     made = make_plan(loaded, world=gpus)
     here = None if gpu else precision_of(loaded, pick_device(), made.model)
     machine = pricing.Machine.of(loaded, gpus=gpus, gpu=gpu, memory=memory, precision=here)
-    run = None if mfu_from is None else Path(mfu_from)
-    speed = pricing.speed_of(made, machine, mfu=None if share is None else float(share), run=run)
+    run, given = _place(mfu_from, "mfu_from"), None if share is None else float(share)
+    speed = pricing.speed_of(made, machine, mfu=given, run=run)
     return Planned(made.describe(), pricing.price(made, machine, speed, per_gpu_hour=per_hour))
 
 
@@ -306,7 +308,7 @@ def evaluate(
 
     num_fewshot, limit = _parsed(integer(0), num_fewshot, "num_fewshot"), _parsed(integer(), limit, "limit")
     context, batch = _parsed(integer(), context, "context"), _parsed(integer(), batch, "batch")
-    datasets = _several(data)
+    datasets, folder = _several(data), place(weights, "weights")
     if not datasets and tasks is None:
         raise RecipeError("data: missing; give `data=PREFIX`, `tasks=TASK` or both", argument=True)
     of_tasks = {"num_fewshot": num_fewshot, "limit": limit, "batch": batch, "tokenizer": tokenizer, "bos": bos}
@@ -314,12 +316,12 @@ def evaluate(
         raise RecipeError(f"{unused[0]}: is for tasks; add `tasks=TASK`, or leave it out", argument=True)
     results = {}
     if tasks is not None:
-        own = None if tokenizer is None else Path(tokenizer)
+        own = _place(tokenizer, "tokenizer")
         asked: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "batch": batch, "bos": bos}
-        named = [os.fspath(task) for task in _several(tasks)]
-        results = score_tasks(Path(weights), named, tokenizer=own, context=context, progress=progress, **asked)
+        named = [str(task) for task in _paths(tasks, "tasks")]
+        results = score_tasks(folder, named, tokenizer=own, context=context, progress=progress, **asked)
     losses = {
-        str(prefix): scored(Path(weights), Path(prefix), dtype=dtype, context=context, progress=progress)
+        str(prefix): scored(folder, place(prefix, "data"), dtype=dtype, context=context, progress=progress)
         for prefix in datasets
     }
     return Evaluation(losses, results)
@@ -339,11 +341,11 @@ def compare(runs: Paths, *, out: AnyPath | None = None) -> Comparison:
     """
     from spt_fast.study import compare as comparing
 
-    found = comparing.compare(_paths(runs))
+    found = comparing.compare(_paths(runs, "runs"))
     if out is not None:
         from spt_fast.study.figures import write
 
-        write(found, Path(out))
+        write(found, place(out, "out"))
     return found
 
 
@@ -365,7 +367,8 @@ def audit(run: AnyPath, *, source: str | None = None, document: int | None = Non
     """
     from spt_fast.train.audit import audit_document, audit_run
 
-    return audit_run(Path(run), source) if document is None else audit_document(Path(run), source, document)
+    folder = place(run, "run")
+    return audit_run(folder, source) if document is None else audit_document(folder, source, document)
 
 
 def load_study(
@@ -389,7 +392,7 @@ def load_study(
     from spt_fast.study import load
 
     given = {"general": general, "domain": domain, "tokenizer": tokenizer, "out": out, "init": _several(init)}
-    return load.load_study(str(study), overrides, given=given)
+    return load.load_study(str(place(study, "study")), overrides, given=given)
 
 
 def sweep(
@@ -451,7 +454,7 @@ def fit(
 
     found = fits.fit(_table(runs, domain_source, general_source), law)
     if out is not None:
-        fits.write(found, Path(out))
+        fits.write(found, place(out, "out"))
     return found
 
 
@@ -492,11 +495,11 @@ def advise(
         budget=budget,
         model=model,
         table=None if runs is None else _table(runs, domain_source, general_source),
-        general=None if general is None else Path(general),
-        domain=None if domain is None else Path(domain),
+        general=_place(general, "general"),
+        domain=_place(domain, "domain"),
         inference_tokens=inference_tokens,
         max_general_rise=max_general_rise,
-        base=None if init is None else str(init),
+        base=None if init is None else str(place(init, "init")),
     )
 
 
@@ -524,16 +527,17 @@ def report(
     from spt_fast.fields import parse_count
     from spt_fast.report.page import report
 
+    page = place(out, "out")
     report(
-        _paths(runs),
-        Path(out),
+        _paths(runs, "runs"),
+        page,
         domain_source=domain_source,
         general_source=general_source,
         domain_tokens=_parsed(parse_count, domain_tokens, "domain_tokens"),
         budget=_parsed(parse_count, budget, "budget"),
         model=model,
     )
-    return Path(out)
+    return page
 
 
 def export(
@@ -558,9 +562,10 @@ def export(
     """
     from spt_fast.train.release import export
 
-    own = None if tokenizer is None else str(tokenizer)
-    export(Path(weights), Path(out), own, dtype=dtype, overwrite=overwrite)
-    return Path(out)
+    folder = place(out, "out")
+    own = _place(tokenizer, "tokenizer")
+    export(place(weights, "weights"), folder, own, dtype=dtype, overwrite=overwrite)
+    return folder
 
 
 def generate(
@@ -598,12 +603,16 @@ def generate(
     seed = _parsed(integer(-(2**63), 2**64 - 1), seed, "seed")
     asked = [prompts] if isinstance(prompts, str) else prompts
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    own = None if tokenizer is None else str(tokenizer)
-    return [*generate_texts(Path(weights), asked, tokens, tokenizer=own, **sampling)]
+    own = _place(tokenizer, "tokenizer")
+    return [*generate_texts(place(weights, "weights"), asked, tokens, tokenizer=own, **sampling)]
 
 
-def _paths(paths: Paths) -> list[Path]:
-    return [Path(path) for path in _several(paths)]
+def _place(given: AnyPath | None, argument: str) -> Path | None:
+    return None if given is None else place(given, argument)
+
+
+def _paths(paths: Paths, argument: str) -> list[Path]:
+    return [place(path, argument) for path in _several(paths)]
 
 
 def _several(paths: Paths) -> list[AnyPath]:
@@ -616,7 +625,7 @@ def _table(runs: Paths | pd.DataFrame, domain_source: str | None, general_source
 
     if hasattr(runs, "columns"):
         return runs
-    return read_table(_paths(runs), domain_source=domain_source, general_source=general_source)
+    return read_table(_paths(runs, "runs"), domain_source=domain_source, general_source=general_source)
 
 
 def _parsed(parse: Callable[[Any, str], Any], given: Any, argument: str) -> Any:

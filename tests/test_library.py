@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 import spt_fast as spt
 from spt_fast import cli, library
+from spt_fast.cli import flags
 from spt_fast.config import recipe_from
 from spt_fast.errors import RecipeError, SptError
 from spt_fast.printing import as_json
@@ -220,6 +222,44 @@ def test_errors_name_the_argument_or_its_flag(
 def test_values_of_another_type_are_refused_with_the_argument(call: Callable[[], object], says: str) -> None:
     with pytest.raises(SptError, match=f"^{re.escape(says)}"):
         call()
+
+
+def test_every_path_of_the_library_is_expanded_as_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    (tmp_path / "here").mkdir()
+    home.mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NOTHING", "")
+    (home / "text.txt").write_text("the cat sat on the mat\n" * 20)
+    bpe = spt.tokenizer("~/text.txt", 260, "~/data/bpe.tiktoken", progress=False)
+    spt.prepare([Path("~/text.txt")], Path("~/data/text"), "~/data/bpe.tiktoken", workers=1, progress=False)
+    assert spt.TokenDataset.open("~/data/text").num_tokens == spt.TokenDataset.open(["$HOME/data/text"]).num_tokens > 0
+    bpe.save("~/data/again.tiktoken")
+    assert spt.Tokenizer.load("~/data/again.tiktoken").digest == bpe.digest
+    model = spt.GPT(spt.GPTConfig(1, 16, 2, 1, 16, 16, 64))
+    model.save_hf("~/models/small")
+    assert spt.GPT.from_hf(Path("~/models/small")).config == model.config
+    assert spt.export("~/models/small", "~/models/again") == home / "models" / "again"
+    (home / "r.yaml").write_text(yaml.safe_dump(tiny.raw_recipe(Path("~"), "run")))
+    assert spt.load_recipe("~/r.yaml").run == str(home / "run")
+    assert not list((tmp_path / "here").iterdir())
+
+    for empty in ("", "$NOTHING"):
+        with pytest.raises(SptError, match=rf"out: '{re.escape(empty)}' is invalid: the path is empty; name a file"):
+            spt.export("~/models/small", empty)
+    with pytest.raises(SptError, match=r"folder: '~nobody-has-it/x' is invalid: this machine has no such user"):
+        model.save_hf("~nobody-has-it/x")
+    with pytest.raises(SptError, match="weights: None is invalid: give a path"):
+        spt.export(None, "x")  # type: ignore[arg-type]
+    with pytest.raises(typer.BadParameter, match="this machine has no such user"):
+        flags.path("~nobody-has-it/x")
+    literal = str(tmp_path / "here" / "~" / "x")
+    assert str(flags.path("./~/x")) == str(spt.export("~/models/small", flags.path("./~/x"))) == literal
+    assert recipe_from(tiny.raw_recipe(tmp_path) | {"run": "./~/x"}).run == literal
+    assert recipe_from(tiny.raw_recipe(tmp_path) | {"run": "./x"}).run == "./x"
 
 
 def test_every_call_is_documented_with_all_its_arguments() -> None:

@@ -13,20 +13,21 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from spt_fast.errors import SptError, shown
-from spt_fast.files import expanded
+from spt_fast.files import NO_PATH, NO_USER, expanded, settled
 from spt_fast.printing import print_message
 
 
 def path(given: str | Path) -> Path:
     """A path of the command line: shells leave `~` alone in --out=~/x."""
-    return Path(named(str(given)))
+    return settled(named(str(given)))
 
 
 def named(given: str) -> str:
     """A path, expanded; an empty one, as an unset variable leaves it, is not the working directory."""
-    if found := expanded(given):
-        return found
-    raise typer.BadParameter("the path is empty; name a file or folder, or write . for the working directory")
+    found = expanded(given)
+    if not found or found.startswith("~"):
+        raise typer.BadParameter(NO_USER if found else NO_PATH)
+    return found
 
 
 def text(given: str) -> str:

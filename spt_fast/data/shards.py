@@ -28,7 +28,7 @@ from spt_fast.data import formats
 from spt_fast.data.joined import JoinedTokens
 from spt_fast.data.text import HELD_OUT
 from spt_fast.errors import DataError, SptWarning, counted, cut, invalid
-from spt_fast.files import sync
+from spt_fast.files import place, sync
 from spt_fast.locks import locked
 from spt_fast.outputs import run_around
 
@@ -112,6 +112,8 @@ class TokenDataset:
         """
         if "" in ([prefix] if isinstance(prefix, (str, os.PathLike)) else prefix):
             raise DataError(invalid("prefix", prefix, "name a token dataset; . is the working directory"))
+        if isinstance(prefix, (str, os.PathLike)):
+            prefix = place(prefix, "prefix")
         declared = None if dtype is None else formats.id_dtype(dtype, f"{prefix}: the declared dtype")
         try:
             if not isinstance(prefix, (str, os.PathLike)) or is_many(Path(prefix)):
@@ -122,8 +124,8 @@ class TokenDataset:
                 found = formats.find(Path(prefix), declared)
                 stamp = stamp_of(found.path.stat())
                 tokens = formats.map_ids(found.path, found.dtype, found.offset_bytes, found.num_tokens)
-                place = found.format, found.path, found.offset_bytes
-                return cls(*place, tokens, found.document_ends, found.digest, _modified_ns(found.path), stamp)
+                held = found.format, found.path, found.offset_bytes
+                return cls(*held, tokens, found.document_ends, found.digest, _modified_ns(found.path), stamp)
             return cls._open_own(base, metadata, declared)
         except OSError as error:
             where, remedy = cut(str(error.filename or prefix), 200), "fix that, or name another"
@@ -277,7 +279,7 @@ def is_many(prefix: Path) -> bool:
 
 def _join(given: Prefix, dtype: str | None) -> TokenDataset:
     """The datasets of a folder, a pattern or a list, joined."""
-    items = [Path(given)] if isinstance(given, (str, os.PathLike)) else [Path(item) for item in given]
+    items = [place(item, "prefix") for item in ([given] if isinstance(given, (str, os.PathLike)) else given)]
     what = Path(", ".join(map(str, items)))
     prefixes = [prefix for item in items for prefix in (_matching(item) if is_many(item) else [item])]
     if not prefixes:

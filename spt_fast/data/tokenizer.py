@@ -30,7 +30,7 @@ from spt_fast.data.base_tokenizer import MOST_IDS, BaseTokenizer, byte_letters, 
 from spt_fast.data.hf_tokenizer import HF_FILE, HFTokenizer
 from spt_fast.data.text import STDIN, Inputs, find_files, iter_documents
 from spt_fast.errors import DataError, TooFewPieces, invalid, nearest
-from spt_fast.files import download, looked_in, replacing
+from spt_fast.files import download, looked_in, place, replacing
 from spt_fast.outputs import check_output, is_tokenizer
 from spt_fast.quantities import amount
 
@@ -80,7 +80,7 @@ class Tokenizer(BaseTokenizer):
         none begins it. Raises DataError for a file that doesn't exist or is damaged, an unknown name or token, or an
         encoding that isn't available.
         """
-        tokenizer = _found(Path(name_or_path), with_eos=eos is None)
+        tokenizer = _found(place(name_or_path, "tokenizer"), with_eos=eos is None)
         tokenizer.set_ends(eos, bos)
         return tokenizer
 
@@ -167,7 +167,7 @@ class Tokenizer(BaseTokenizer):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a tokenizer file, atomically. Raises DataError if that fails."""
-        path = Path(path)
+        path = place(path, "path")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:

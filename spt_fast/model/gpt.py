@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import checkpoint
 
+from spt_fast.files import place
 from spt_fast.kernels import (
     add_rms_norm,
     embedding,
@@ -346,7 +347,7 @@ class GPT(nn.Module):
     def from_hf(cls, folder: str | Path, dtype: torch.dtype | None = None) -> GPT:
         """The model in a Hugging Face folder, on the CPU, in `dtype`, by default the stored one; see
         spt_fast.model.hf."""
-        return cls.with_weights(*hf.load(folder, dtype))
+        return cls.with_weights(*hf.load(place(folder, "folder"), dtype))
 
     @classmethod
     def without_weights(cls, config: GPTConfig) -> GPT:
@@ -365,7 +366,7 @@ class GPT(nn.Module):
         self, folder: str | Path, tokenizer: BaseTokenizer | None = None, dtype: torch.dtype | None = None
     ) -> None:
         """Writes a folder that transformers loads; see spt_fast.model.hf.save."""
-        hf.save(self.config, dict(self.named_parameters()), folder, tokenizer, dtype)
+        hf.save(self.config, dict(self.named_parameters()), place(folder, "folder"), tokenizer, dtype)
 
     def generate(self, tokens: Sequence[int] | Tensor, new_tokens: int, **sampling: Any) -> list[int]:
         """The tokens, a list of ids or an integer tensor [T], and up to `new_tokens` sampled after them; `sampling` as
