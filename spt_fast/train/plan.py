@@ -29,11 +29,12 @@ from spt_fast.data.tokenizer import Tokenizer, check_alike
 from spt_fast.errors import DataError, RecipeError, counted, invalid, shown
 from spt_fast.fields import naming
 from spt_fast.kernels import fp8
+from spt_fast.model import hf
 from spt_fast.model.flops import train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig, drawn
 from spt_fast.model.parameters import table
 from spt_fast.model.stored import picked
-from spt_fast.train.origin import Origin, origin_of, tokenizer_file
+from spt_fast.train.origin import Origin, carrier_of, origin_of, tokenizer_file
 from spt_fast.train.state import KnownText, PhaseResult
 from spt_fast.train.weights import digest_of, locate, stored_weights
 from spt_fast.train.world import ALONE, World, pick_device
@@ -487,6 +488,8 @@ def _that_of_the_weights(
     with naming("init"):
         theirs = Tokenizer.load(place) if place else None
         known = origin_of(weights).tokenizer or (theirs and theirs.digest)
+        if carrier := carrier_of(weights):
+            hf.stop_ids(carrier)  # read again where texts are generated, after training
     given = [(f"the recipe's tokenizer {recipe.tokenizer}", tokenizer.digest)] if tokenizer else []
     given += [(where, data.tokenizer_digest) for where, data in datasets if data.tokenizer_digest]
     for by, digest in given:

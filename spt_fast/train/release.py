@@ -162,6 +162,7 @@ def take_over(model: Path, folder: Path, *, overwrite: bool = False) -> None:
     """Copy a Hugging Face folder, checked and with our names, for a recipe's `init`."""
     config, tensors = hf.stored_weights(model)
     tokenizer_of(model)
+    hf.stop_ids(model)
     with outside_runs(folder):
         hf.save(config, tensors, folder, like=model, overwrite=overwrite)
 

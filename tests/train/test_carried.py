@@ -282,6 +282,20 @@ def test_a_base_knows_its_tokenizer(tmp_path: Path, base: Path, raw: dict[str, A
         make_plan(recipe_from(raw | {"init": "gone/base"}))
 
 
+@pytest.mark.parametrize("content", ["[", "[]", '{"eos_token_id": "<end>"}'])
+def test_settings_of_a_base_that_end_no_text_are_refused_before_training(
+    tmp_path: Path, base: Path, raw: dict[str, Any], content: str
+) -> None:
+    (base / "generation_config.json").write_text(content)
+    says = (
+        r"base/generation_config\.json: (cannot be read|holds \[\] instead of|eos_token_id: '<end>' is)"
+    )
+    with pytest.raises(CheckpointError, match=f"^init: .*{says}"):
+        make_plan(recipe_from(raw))
+    with pytest.raises(CheckpointError, match=says):
+        take_over(base, tmp_path / "taken")
+
+
 def test_a_base_whose_tokenizer_has_more_ids_than_rows_is_used_with_text_that_lacks_them(
     tmp_path: Path, base: Path, raw: dict[str, Any]
 ) -> None:
