@@ -17,12 +17,13 @@ import typer
 from typer.testing import CliRunner
 
 import spt_fast as spt
-from spt_fast import cli, fields
+from spt_fast import cli, fields, library
 from spt_fast.cli import flags
 from spt_fast.cli.flags import in_flags
 from spt_fast.cli.program import checkpoint_app, tokenizer_app
 from spt_fast.data import tokenizer
 from spt_fast.errors import LONGEST, RecipeError, SptError
+from spt_fast.library import Evaluation
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.study import doge, figures, findings, fits
 from spt_fast.train import metrics
@@ -307,6 +308,28 @@ def test_every_path_of_the_command_line_is_expanded(monkeypatch: pytest.MonkeyPa
         "data",
         "prefix",
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "weights", "data"),
+    [
+        ("runs/a --data x y --context 64", "runs/a", ["x", "y"]),
+        ("runs/a --data x --data y z --json", "runs/a", ["x", "y", "z"]),
+        ("--data x --data y runs/a", "runs/a", ["x", "y"]),
+    ],
+)
+def test_eval_takes_several_datasets(
+    monkeypatch: pytest.MonkeyPatch, words: str, weights: str, data: list[str]
+) -> None:
+    asked = []
+
+    def evaluate(*given: Any, **settings: Any) -> Evaluation:
+        asked.append(given)
+        return Evaluation({}, {})
+
+    monkeypatch.setattr(library, "evaluate", evaluate)
+    typer.main.get_command(cli.app).main(["eval", *words.split()], standalone_mode=False)
+    assert asked == [(Path(weights), [Path(prefix) for prefix in data])]
 
 
 def test_long_messages_are_cut() -> None:

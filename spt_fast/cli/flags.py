@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -179,27 +179,37 @@ class Command(TyperCommand):
 
 
 class ManyValues(Command):
-    """A command one of whose flags takes all the numbers that follow it: --weights 0.9 0.1."""
+    """A command one of whose flags takes all the values that follow it: --weights 0.9 0.1."""
 
     flag = ""
 
     @classmethod
-    def of(cls, flag: str) -> type[ManyValues]:
-        return type("ManyValues", (cls,), {"flag": flag})
+    def of(cls, flag: str, is_value: Callable[[str, list[str]], bool]) -> type[ManyValues]:
+        """is_value: whether a later word belongs to the flag, from it and all words."""
+        return type("ManyValues", (cls,), {"flag": flag, "is_value": staticmethod(is_value)})
+
+    @staticmethod
+    def is_value(word: str, words: list[str]) -> bool:
+        raise NotImplementedError
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given, inside = list[str](), False
         for i, arg in enumerate(args):
-            if inside := arg == self.flag or (inside and (args[i - 1] == self.flag or is_number(arg))):
+            if inside := arg == self.flag or (inside and (args[i - 1] == self.flag or self.is_value(arg, args))):
                 given += [] if arg == self.flag else [f"{self.flag}={arg}"]
             else:
                 given.append(arg)
         return super().parse_args(ctx, given)
 
 
-def is_number(text: str) -> bool:
+def is_number(word: str, words: list[str]) -> bool:
     """Also a share, such as 10% or 1/10."""
-    return re.fullmatch(r"-?[0-9.]+(e-?[0-9]+)?(%|/[0-9]+)?|nan|-?inf", text, re.IGNORECASE) is not None
+    return re.fullmatch(r"-?[0-9.]+(e-?[0-9]+)?(%|/[0-9]+)?|nan|-?inf", word, re.IGNORECASE) is not None
+
+
+def after_the_argument(word: str, words: list[str]) -> bool:
+    """A word that is no flag, where the command's one argument came first."""
+    return not word.startswith("-") and not words[0].startswith("-")
 
 
 def flags_of(command: Any) -> dict[str, str]:

@@ -18,6 +18,7 @@ from spt_fast.cli.flags import (
     PathOption,
     WeightsDtype,
     WeightsPath,
+    is_number,
     text,
 )
 from spt_fast.cli.program import app, example, out, print_json
@@ -42,7 +43,7 @@ def export_weights(
 
 @app.command(
     "merge",
-    cls=ManyValues.of("--weights"),
+    cls=ManyValues.of("--weights", is_number),
     epilog=example("spt-fast merge runs/spt runs/spt/weights/pretrain --weights 0.9 0.1 --out merged"),
 )
 def merge_weights(

@@ -13,6 +13,7 @@ import spt_fast as spt
 from spt_fast.cli.flags import (
     Dtype,
     Json,
+    ManyValues,
     OutFolder,
     Overrides,
     PathOption,
@@ -23,6 +24,7 @@ from spt_fast.cli.flags import (
     SkipBad,
     TextKey,
     WeightsPath,
+    after_the_argument,
     is_first,
     stopped,
 )
@@ -154,12 +156,14 @@ def train(
 
 
 @app.command(
-    "eval", epilog=example("spt-fast eval runs/spt --data data/chem.heldout", "spt-fast eval runs/spt --tasks arc_easy")
+    "eval",
+    cls=ManyValues.of("--data", after_the_argument),
+    epilog=example("spt-fast eval runs/spt --data data/chem.heldout", "spt-fast eval runs/spt --tasks arc_easy"),
 )
 def evaluate(
     weights: WeightsPath,
     data: Annotated[
-        list[Path] | None, PathOption("--data", metavar="PREFIX", help="Measure the loss on this dataset; repeatable.")
+        list[Path] | None, PathOption("--data", metavar="PREFIX…", help="Measure the loss on these datasets.")
     ] = None,
     tasks: Annotated[
         list[str] | None,

@@ -287,9 +287,7 @@ def test_settings_of_a_base_that_end_no_text_are_refused_before_training(
     tmp_path: Path, base: Path, raw: dict[str, Any], content: str
 ) -> None:
     (base / "generation_config.json").write_text(content)
-    says = (
-        r"base/generation_config\.json: (cannot be read|holds \[\] instead of|eos_token_id: '<end>' is)"
-    )
+    says = r"base/generation_config\.json: (cannot be read|holds \[\] instead of|eos_token_id: '<end>' is)"
     with pytest.raises(CheckpointError, match=f"^init: .*{says}"):
         make_plan(recipe_from(raw))
     with pytest.raises(CheckpointError, match=says):
