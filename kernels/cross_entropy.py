@@ -126,7 +126,9 @@ def linear_cross_entropy(
         raise ValueError(invalid("linear_cross_entropy(scale)", scale, expected))
     backend = _LINEAR_CROSS_ENTROPY.pick(backend, x_ND)
     wanted = torch.is_grad_enabled()
-    needs_dx, needs_dw = wanted and x_ND.requires_grad, wanted and weight_VD.requires_grad
+    needs_dx, needs_dw = (
+        wanted and (x.requires_grad or torch._C._functorch.is_batchedtensor(x)) for x in (x_ND, weight_VD)
+    )  # what vmap has wrapped doesn't say whether it requires them
     arguments = (
         x_ND, weight_VD, targets_N, ignore_index, z_loss, softcap or 0.0, reduction, needs_dx, needs_dw, backend,
     )  # fmt: skip

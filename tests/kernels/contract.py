@@ -211,6 +211,24 @@ class Contract:
             assert_same(expected, sample.results(function, copies(inputs), each), loose=backend in sample.loose)
 
     @by_more_than_chance
+    def test_it_is_mapped(self, sample: Sample) -> None:
+        """Over inputs that have gradients, these too."""
+        if not sample.gradients:
+            pytest.skip("torch.func knows no changes in place")
+        function = sample.on("auto")
+        each = [sample.inputs(sample.rows, torch.float32)]
+        first, others = each[0][: sample.gradients], each[0][sample.gradients :]
+        each.append([*(x.flip(0) for x in first), *others])
+        upstream = [random_tensors([y.shape], y.dtype)[0] for y in function(*each[0])]
+        expected = [sample.results(function, inputs, upstream) for inputs in each]
+        places = tuple(0 if number < sample.gradients else None for number in range(len(each[0])))
+        mapped = torch.func.vmap(function, in_dims=places)
+        stacked = [torch.stack(pair) for pair in zip(first, each[1], strict=False)]
+        found = sample.results(mapped, [*stacked, *others], [torch.stack([u, u]) for u in upstream])
+        for number in range(2):
+            assert_same(expected[number], [x[number] for x in found], loose=True)
+
+    @by_more_than_chance
     def test_a_result_changed_in_place(self, sample: Sample, backend: str) -> None:
         """Has the right gradients, or PyTorch says that they needed it."""
         if not sample.gradients:
