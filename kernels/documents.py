@@ -10,10 +10,23 @@ each layer, forward and backward, so the results are cached with the tensor unti
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass
+class Made:
+    """What was made of a tensor in one state, by function and arguments."""
+
+    state: tuple
+    results: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """None in a copied or pickled tensor, whose versions are its own."""
+        return type(None), ()
 
 
 def once(cu_seqlens: Tensor, make: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -22,16 +35,13 @@ def once(cu_seqlens: Tensor, make: Callable[..., Tensor], *arguments: Any) -> Te
         return make(cu_seqlens, *arguments)
     values = cu_seqlens.tolist() if cu_seqlens.device.type == "cpu" else None  # memory of an array has no version
     capturing = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()  # a graph has to make its own
-    state, made = (cu_seqlens._version, values, capturing), dict[tuple[Any, ...], Tensor]()
-    known, kept = getattr(cu_seqlens, "made_once", (None, made))
-    if known == state:
-        made = kept
-    else:
-        cu_seqlens.made_once = state, made  # type: ignore[attr-defined]
-    if (make, arguments) not in made:
+    state, made = (cu_seqlens._version, values, capturing), getattr(cu_seqlens, "made_once", None)
+    if made is None or made.state != state:
+        made = cu_seqlens.made_once = Made(state)  # type: ignore[attr-defined]
+    if (make, arguments) not in made.results:
         with torch.inference_mode(False):
-            made[make, arguments] = make(cu_seqlens, *arguments)
-    return made[make, arguments]
+            made.results[make, arguments] = make(cu_seqlens, *arguments)
+    return made.results[make, arguments]
 
 
 def spans(cu_seqlens: Tensor, B: int, T: int) -> Tensor:

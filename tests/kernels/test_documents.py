@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from spt_fast.kernels.documents import first_keys, spans
+from spt_fast.kernels.documents import first_keys, once, spans
 from spt_fast.model.gpt import GPT, GPTConfig
 
 
@@ -56,3 +58,24 @@ def test_what_is_written_past_autograd_is_seen_too() -> None:
     spans(shared, 3, 8)
     array[1:3] = 9, 20
     assert torch.equal(spans(shared, 3, 8), spans(torch.tensor([0, 9, 20, 24], dtype=torch.int32), 3, 8))
+
+
+def test_a_copy_has_its_own() -> None:
+    """Whose number of writes says nothing about the original's. On the CPU values are compared, on no other device."""
+    written, made = torch.zeros(3, dtype=torch.int32, device="meta").add_(1), []
+
+    def make(cu_seqlens: torch.Tensor) -> torch.Tensor:
+        made.append(cu_seqlens)
+        return cu_seqlens + 1
+
+    once(written, make)
+    again = copy.deepcopy(written).add_(1)
+    assert again._version == written._version
+    once(again, make)
+    once(written, make)
+    assert len(made) == 2
+    assert made[1] is again
+    here = torch.zeros(3, dtype=torch.int32)
+    before = len(pickle.dumps(here))
+    spans(here, 30, 100)
+    assert len(pickle.dumps(here)) < before + 1000
