@@ -67,7 +67,8 @@ def gradient_of(parameter: Tensor) -> tuple[Tensor, bool]:
     memory: Tensor | None = parameter.in_place.memory  # type: ignore[attr-defined]
     dtype = accumulation_dtype(parameter)
     if memory is None or memory.dtype != dtype or memory.device != parameter.device:  # it was moved
-        memory, parameter.grad_dtype = parameter.new_empty(parameter.shape, dtype=dtype), dtype  # contiguous
+        memory = parameter.new_empty(parameter.shape, dtype=dtype)  # contiguous
+    parameter.grad_dtype = dtype
     parameter.grad = memory
     return memory, True
 

@@ -80,6 +80,19 @@ def test_in_place_it_adds_to_the_gradient_and_returns_none() -> None:
         y.sum().backward()
 
 
+def test_in_place_after_conversions_to_another_dtype_and_back() -> None:
+    module = torch.nn.Linear(3, 2, bias=False, device=DEVICE)
+    memory = torch.full((2, 3), torch.nan, device=DEVICE)
+    accumulate_in_place([module.weight], [memory])
+    for dtype in (torch.float64, torch.float32):
+        module.to(dtype)
+        module.zero_grad()
+        linear(torch.ones(4, 3, dtype=dtype, device=DEVICE), module.weight).sum().backward()
+        assert module.weight.grad.dtype == dtype
+        assert (module.weight.grad == 4).all()
+    assert module.weight.grad is memory
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_product_is_added_to_a_total(dtype: torch.dtype) -> None:
     """Of factors in any layout; of none it is 0, whatever memory held before."""
