@@ -82,8 +82,9 @@ class DCPTLaw(FormulaLaw):
 
     @decision
     def best_ratio(self, *, params: float, domain_tokens: float, **other: float) -> float:
-        """The domain share r with the lowest domain loss for `domain_tokens` tokens of domain data, each read once:
-        more general data (tokens = domain_tokens/r) against a purer mixture."""
+        """The domain share r, at least 0.05%, with the lowest domain loss for `domain_tokens` tokens of domain data,
+        each read once: more general data (tokens = domain_tokens/r) against a purer mixture. As r approaches 0, so does
+        the law's term in tokens, which can make the smallest share the answer."""
 
         self._require("params_", "fit it to a table")
         at, read = numbers({"params": params, **other}, self.inputs), number("domain_tokens", domain_tokens)

@@ -8,7 +8,9 @@ token. The definitions are those of "The Finetuner's Fallacy", arXiv 2603.16177:
 
     R_gain(delta)       100 · (L_NPT→FT − L_SPT(delta)→FT) / L_NPT→FT, L the domain loss after finetuning
     forgetting          general loss after finetuning − before
-    compute multiplier  tokens that NPT needs for the domain loss after finetuning of SPT(delta) / tokens of SPT(delta)
+    compute multiplier  tokens that NPT needs for the domain loss after finetuning of SPT(delta) / tokens of SPT(delta),
+                        at the largest budget of SPT whose loss NPT's budgets bracket. (The paper's headline is at NPT's
+                        loss after 200B tokens; the two differ as curves are not parallel in log tokens.)
 
 We add *general at equal domain*: the general loss when each finetune reaches the same domain loss, which is the lowest
 one that every run reaches. Finetunes of a base with unknown pretraining all have delta 0, and are named after their

@@ -26,7 +26,7 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 
-from spt_fast.config import Phase, Recipe
+from spt_fast.config import Phase, Recipe, Schedule
 from spt_fast.errors import DataError, SptWarning, invalid, nearest, some
 from spt_fast.fields import naming
 from spt_fast.files import replacing
@@ -37,11 +37,12 @@ from spt_fast.study.settings import SETTINGS, setting_of
 from spt_fast.study.usable import numbers, with_average
 from spt_fast.train.folder import recipe_of, summary_of
 from spt_fast.train.lineage import Trained, parent_of, trained_before
+from spt_fast.train.lr import learning_rate
 from spt_fast.train.recorded import Recorded
 
 CONTENT = ("domain", "general", "domain_text", "general_text")
 BEHIND = tuple(f"{corpus}_{name}" for name in NAMES for corpus in ("domain", "general"))
-NEWER = (*CONTENT, *BEHIND, "base", "sequences", "window", *SETTINGS[1:], "grid", "other")
+NEWER = (*CONTENT, *BEHIND, "base", "sequences", "window", "rate", *SETTINGS[1:], "grid", "other")
 """Columns that tables of earlier versions lack."""
 _NAMES = ("run", "after", "phase", "status", "start", "tokenizer", "heldout", "base", "optimizer", "grid", "other")
 TEXT = dict.fromkeys((*_NAMES, *CONTENT), str)
@@ -102,6 +103,8 @@ class Row:
     """Windows of a step; NaN in tables of earlier versions."""
     window: float = math.nan
     """Tokens of a window; NaN in tables of earlier versions."""
+    rate: float = math.nan
+    """The learning rate here, as a share of the stage's peak; NaN in tables of earlier versions."""
     pretrain_tokens: float = math.nan
     """Tokens of the earlier stages; NaN if unknown."""
     pretrain_delta: float = math.nan
@@ -379,6 +382,8 @@ def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
         row = replace(row, phase=phase.name, heldout=_heldout(summary, phase, domain, general), **counts)
         window = done.get("context") or phase.batch.context or summary.get("context", math.nan)
         row = replace(row, sequences=phase.batch.sequences, window=window)
+        if new_stage:
+            decay = _Decay.of(phase, done, window)
         past = _entering(past, phase, recipe, done, (domain, general))
         share = Fraction(phase.mixture.get(domain, 0))
         flops_per_token = done.get("flops_per_token", summary["flops_per_token"])
@@ -399,9 +404,32 @@ def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
             here = past.after(record["tokens"], share, row.domain_tokens, flops_per_token)
             at, average = _after_training(row, here, share), record.get("average", 0.0)
             handed_on = record["step"] == done["handed_on"] and average == float(phase.average)
-            rows.append(replace(at, handed_on=handed_on, average=average, **losses))
+            rows.append(replace(at, handed_on=handed_on, average=average, rate=decay.rate(int(here.tokens)), **losses))
         past = past.after(done["tokens"], share, row.domain_tokens, flops_per_token)
     return rows
+
+
+@dataclass(frozen=True)
+class _Decay:
+    """The learning-rate schedule of a stage, in steps of the phase that it began with."""
+
+    schedule: Schedule
+    steps: int
+    tokens_per_step: float
+
+    @classmethod
+    def of(cls, phase: Phase, done: Recorded, window: float) -> _Decay:
+        """window: NaN if it is unknown."""
+        per_step = phase.batch.sequences * window
+        steps = 0 if math.isnan(per_step) else max(1, round(Fraction(phase.tokens) / Fraction(per_step)))
+        return cls(phase.with_overrides(phase.arms()[done.arm_of(phase)]).schedule, steps, per_step)
+
+    def rate(self, tokens: int) -> float:
+        """As a share of the peak, after this many tokens of the stage."""
+        if not self.steps:
+            return math.nan
+        per_step = int(self.tokens_per_step)
+        return learning_rate(self.schedule, 1.0, tokens // per_step, self.steps, per_step)
 
 
 def _after_training(row: Row, past: Past, share: Fraction) -> Row:

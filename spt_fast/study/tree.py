@@ -19,11 +19,8 @@ from spt_fast.fields import Span, naming
 from spt_fast.model.presets import PRESETS
 from spt_fast.optimizers import parse_optimizer
 from spt_fast.study.study import Base, Stage, Study, Tuned, for_a_name
-from spt_fast.train.lr import learning_rate
+from spt_fast.train.lr import PLATEAU, learning_rate
 from spt_fast.train.weights import read_config
-
-PLATEAU = 0.9
-"""The share of the peak rate below which a checkpoint is not comparable with a run that ends there."""
 
 
 @dataclass(frozen=True)

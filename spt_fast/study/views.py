@@ -13,6 +13,7 @@ import pandas as pd
 from spt_fast.laws.columns import ALIKE
 from spt_fast.study.finetunes import SIZES
 from spt_fast.study.usable import STAGE, UsableRows
+from spt_fast.train.lr import PLATEAU
 
 Group = tuple[dict[str, Any], pd.DataFrame]
 """None stands for unknown, such as the pretraining of a base."""
@@ -24,6 +25,9 @@ START = "start"
 """The `run` of a row that is the common start of all runs and belongs to none."""
 PRETRAINING = ("pretrain_delta", "pretrain_tokens")
 CONTINUED = ("domain_tokens", *PRETRAINING)
+FEWEST_LENGTHS = 4
+"""Lengths of finished runs from which a law of curves needs no others: one more than a power law with a floor has
+unknowns."""
 WHOLE_CORPUS = 0.95
 """Epochs from which a finetune counts as having read its corpus; less than 1, since runs have whole steps."""
 
@@ -32,19 +36,20 @@ WHOLE_CORPUS = 0.95
 
 
 def overfitting(table: UsableRows) -> list[Group]:
-    """For OverfittingLaw: pretraining curves from scratch, after `SETTLED`, per model size and domain corpus. Runs
-    without domain text belong to every corpus."""
+    """For OverfittingLaw: pretraining curves from scratch, after `SETTLED` (or `_ends`), per model size and domain
+    corpus. Runs without domain text belong to every corpus."""
     rows = _known(_pretraining(table), "domain_heldout")
     rows = rows[rows["tokens"] >= SETTLED * rows.groupby("run")["tokens"].transform("max")]
     rows = rows[(rows["delta"] == 0) | rows["domain_train"].notna() & (rows["delta"] < 1)]
-    same = ("params", "domain_tokens", "seed", "tokens")
+    same = ("params", "domain_tokens", "seed", "tokens", "finished")
     frame = _named(rows, *same, fraction="delta", train_loss="domain_train", heldout_loss="domain_heldout")
     frame["train_loss"] = frame["train_loss"].where(frame["fraction"] > 0)
     groups = []
     for group, _ in _grouped(frame[frame["fraction"] > 0], *SIZES):
         own = (frame["domain_tokens"] == group["domain_tokens"]) | (frame["fraction"] == 0)
         members = frame[own & (frame["params"] == group["params"])]
-        groups.append((group, members.drop_duplicates(["fraction", "seed", "tokens", "heldout_loss"])))
+        members = members.drop_duplicates(["fraction", "seed", "tokens", "heldout_loss"])
+        groups.append((group, _ends(members, "fraction")))
     return groups
 
 
@@ -58,9 +63,10 @@ def mixture_repetition(table: UsableRows) -> list[Group]:
 
 
 def chinchilla(table: UsableRows, of: Literal["domain", "general"] = "general") -> list[Group]:
-    """For ChinchillaLaw: losses of `_finished` pretraining at two model sizes or more, per domain share (and for the
+    """For ChinchillaLaw: losses of finished pretraining at two model sizes or more, per domain share (and for the
     domain loss per corpus)."""
-    rows = _known(_finished(_pretraining(table)), f"{of}_heldout")
+    rows = _pretraining(table)
+    rows = _known(rows[rows["finished"]], f"{of}_heldout")
     if of == "general":
         rows = rows[rows["delta"] < 1]
     frame = _named(rows, "params", "tokens", "delta", "domain_tokens", loss=f"{of}_heldout")
@@ -69,25 +75,40 @@ def chinchilla(table: UsableRows, of: Literal["domain", "general"] = "general") 
 
 
 def data_constrained(table: UsableRows) -> list[Group]:
-    """For DataConstrainedLaw: losses of `_finished` pretraining on the domain corpus alone, if the unique tokens are
+    """For DataConstrainedLaw: losses of finished pretraining on the domain corpus alone, if the unique tokens are
     known."""
-    rows = _known(_finished(_pretraining(table)), "domain_heldout")
+    rows = _pretraining(table)
+    rows = _known(rows[rows["finished"]], "domain_heldout")
     rows = rows[rows["delta"] == 1]
     frame = _named(rows, "params", "tokens", unique_tokens="domain_tokens", loss="domain_heldout")
     return [({}, frame)] if len(frame) else []
 
 
 def _pretraining(table: UsableRows) -> pd.DataFrame:
-    rows = table.rows
+    rows = _with_finished(table)
     return rows[(rows["stage"] == 0) & (rows["start"] == "scratch") & (rows["tokens"] > 0)]
 
 
-def _finished(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with the loss of a run that ends there, to which their papers fit these laws: final weights, and the
-    curves of runs with several budgets, whose rate is near its peak at all of them. While a rate falls, the loss is
-    above that of a run that ends there."""
-    budgets = rows["handed_on"].groupby(rows["run"]).transform("sum")
-    return rows[rows["handed_on"] | (budgets > 1)]
+def _with_finished(table: UsableRows) -> pd.DataFrame:
+    """The rows with the column `finished`: whether the loss is that of a run that ends there, as at final weights, and
+    all along runs whose rate is still near its peak at these. While a rate falls, the loss is above that of a run that
+    ends there. Tables of earlier versions lack the rate; of those, runs with several budgets count, since studies have
+    them at a plateau only."""
+    rows = table.rows
+    stage = [rows[name] for name in STAGE]
+    ends = rows["tokens"].where(rows["handed_on"])
+    last = ends == ends.groupby(stage).transform("max")
+    rate = rows["rate"] if "rate" in rows else pd.Series(math.nan, index=rows.index)
+    at_end = rate.where(last).groupby(stage).transform("max")
+    several = rows["handed_on"].groupby(stage).transform("sum") > 1
+    return rows.assign(finished=last | (at_end >= PLATEAU) | (at_end.isna() & several))
+
+
+def _ends(frame: pd.DataFrame, *arm: str) -> pd.DataFrame:
+    """The rows whose column `finished` is true, if every arm has them at FEWEST_LENGTHS or more; else all."""
+    lengths = frame["tokens"].where(frame["finished"]).groupby([frame[name] for name in arm]).nunique()
+    kept = frame[frame["finished"]] if (lengths >= FEWEST_LENGTHS).all() else frame
+    return kept.drop(columns="finished").reset_index(drop=True)
 
 
 # --------------------------------------------------------------------------------------------------------- adaptation
@@ -120,12 +141,13 @@ def finetuning(table: UsableRows) -> list[Group]:
 
 
 def dcpt(table: UsableRows, of: Literal["domain", "general"]) -> list[Group]:
-    """For DCPTLaw: curves of continued pretraining up to the final weights, per pretraining and domain corpus."""
+    """For DCPTLaw: curves of continued pretraining up to the final weights (or `_ends`), per pretraining and domain
+    corpus."""
     rows = _known(_continued(table), f"{of}_heldout")
     rows = rows[rows["tokens"] > 0]
     columns = {"own_ratio": "delta" if of == "domain" else "injected", "loss": f"{of}_heldout"}
-    frame = _named(rows, "params", "tokens", *CONTINUED, **columns)
-    return _grouped(frame, *CONTINUED)
+    frame = _named(rows, "params", "tokens", "finished", *CONTINUED, **columns)
+    return [(group, _ends(members, "params", "own_ratio")) for group, members in _grouped(frame, *CONTINUED)]
 
 
 def cmr(table: UsableRows) -> list[Group]:
@@ -148,7 +170,7 @@ def cmr(table: UsableRows) -> list[Group]:
 def _adapted(table: UsableRows) -> pd.DataFrame:
     """All evaluations of stages that trained a whole model further on domain and general text, without an anchor or an
     average."""
-    rows = table.rows
+    rows = _with_finished(table)
     plain = (rows["anchor"] == 0) & (rows["average"] == 0) & (rows["other"] == "")
     return rows[(rows["stage"] >= 1) & (rows["start"] == "pretrained") & plain]
 

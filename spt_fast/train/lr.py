@@ -6,6 +6,9 @@ import math
 
 from spt_fast.config import Schedule
 
+PLATEAU = 0.9
+"""The share of the peak rate below which a checkpoint is not comparable with a run that ends there."""
+
 
 def learning_rate(schedule: Schedule, peak: float, step: int, phase_steps: int, tokens_per_step: int) -> float:
     """The rate for the step after `step` finished ones.

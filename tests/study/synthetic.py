@@ -218,6 +218,7 @@ def completed(rows: list[dict[str, Any]]) -> pd.DataFrame:
         general_scored=7000.0,
         sequences=32.0,
         window=2048.0,
+        rate=table.get("rate", np.nan),
         base=None,
         optimizer="adamw",
         **{name: table.get(name, value) for name, value in ADAMW.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 
 from spt_fast.errors import DataError
 from spt_fast.study import views
-from spt_fast.study.runs_table import COLUMNS, load_table, save_table
+from spt_fast.study.runs_table import COLUMNS, load_table, save_table, table_of
 from spt_fast.study.usable import NUMBERS, usable
+from tests.study.fake_runs import fake_run
 from tests.study.synthetic import DOMAIN_TOKENS, PARAMS, dcpt_table, spt_table
 
 SMALL = 41_000_000
@@ -103,6 +105,44 @@ def test_laws_of_final_losses_leave_out_the_middle_of_runs_with_one_budget() -> 
         curves = (together["stage"] == 0) & (together["delta"] == share) & (together["tokens"] > 0)
         assert len(frame) == curves.sum() == 2 * 20
     assert all(len(frame) == 2 * 17 for _, frame in views.overfitting(usable(each))), "its paper fits curves"
+
+
+def falling(table: pd.DataFrame) -> pd.DataFrame:
+    """With the rates of a cosine to a tenth at the end of each run."""
+    done = table["tokens"] / table.groupby("run")["tokens"].transform("max")
+    return table.assign(rate=0.55 + 0.45 * np.cos(np.pi * done))
+
+
+def test_budgets_on_a_falling_rate_do_not_count_as_ends_of_runs() -> None:
+    """As several phases of a recipe of one's own on one cosine; a constant rate makes a curve of ends, of one budget
+    too."""
+    lengths = (20_000_000_000, 50_000_000_000)
+    given: dict[str, Any] = {"deltas": (0.01,), "seeds": (0,), "params": (SMALL, PARAMS)}
+    for budgets in (lengths, lengths[:1]):
+        table = spt_table(budgets=budgets, **given)
+        _, frame = only(views.chinchilla(usable(falling(table))))
+        assert list(frame["tokens"]) == [max(budgets)] * 2
+        _, frame = only(views.chinchilla(usable(table.assign(rate=1.0))))
+        assert len(frame) == 2 * 20
+
+
+def test_laws_of_curves_leave_out_the_middle_of_a_decay_if_enough_runs_end() -> None:
+    """At four lengths of every share; else all evaluations are used, as are those at a rate near its peak."""
+    lengths = tuple(20_000_000_000 * n for n in (1, 2, 4, 8))
+    shares = (0.0, 0.01, 0.05)
+    spt = [renamed(spt_table(shares, (length,), seeds=(0,)), f"-{length}") for length in lengths]
+    dcpt = [renamed(dcpt_table(tokens=length).assign(domain_tokens=9e9), f"-{length}") for length in lengths]
+    for tables, views_of, arms, rows in (
+        (spt, (views.overfitting, views.mixture_repetition), len(shares), 17),
+        (dcpt, (lambda table: views.dcpt(table, "domain"), lambda table: views.dcpt(table, "general")), 9 * 2, 12),
+    ):
+        each = falling(pd.concat(tables, ignore_index=True))
+        last = each.loc[each["delta"] > 0, ["run", "after"]].iloc[-1]
+        fewer = each[~each["run"].isin(last)]
+        for view in views_of:
+            assert len(only(view(usable(each)))[1]) == arms * len(lengths)
+            assert len(only(view(usable(each.assign(rate=1.0))))[1]) == arms * len(lengths) * rows
+            assert len(only(view(usable(fewer)))[1]) == (arms * len(lengths) - 1) * rows
 
 
 # -------------------------------------------------------------------------------------------------------- adaptation
@@ -356,3 +396,29 @@ def test_anything_but_a_runs_table_is_refused() -> None:
         views.cmr(usable({"run": []}))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="none of them is finished"):
         views.cmr(usable(SPT[:0]))
+
+
+def whole(run: Path) -> Path:
+    """With what a table needs of a summary."""
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"train_tokens": {"code": 10_000, "general": 10**6}, "tokenizer": "t", "data": {}, "flops_per_token": 6}
+    summary["phases"] = {name: done | {"handed_on": 1} for name, done in summary["phases"].items()}
+    (run / "summary.json").write_text(json.dumps(summary))
+    return run
+
+
+def test_the_table_has_the_rate_of_the_schedule_that_a_stage_began_with(tmp_path: Path) -> None:
+    """As a share of its peak; unknown where the length of a window is."""
+    phases = {
+        "phases.0.batch": {"sequences": 20, "context": 50},
+        "phases.0.schedule": {"name": "cosine", "horizon": 16_000},
+    }
+    losses = [(3.0, 4.0), (2.9, 3.9), (2.8, 3.8)]
+    carried_on: dict[str, Any] = phases | {"phases.1.schedule": {"continue": True}}
+    for name, change, steps in (("tuned", phases, [0, 1]), ("carried-on", carried_on, [0, 1, 9, 10])):
+        table = table_of([whole(fake_run(tmp_path / name, losses, tokens=8000, change=change))], "code", "general")
+        of_stage = table[table["stage"] == 0]["rate"]
+        assert of_stage.tolist() == pytest.approx([0.55 + 0.45 * np.cos(np.pi * step / 16) for step in steps])
+    unknown = table_of([whole(fake_run(tmp_path / "unknown", losses))], "code", "general")
+    assert len(unknown) == 5
+    assert unknown["rate"].isna().all()
