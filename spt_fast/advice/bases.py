@@ -184,7 +184,8 @@ def _nearest(table: UsableRows, asked: Asked, base: str | None) -> pd.DataFrame:
 
 def _arms(own: pd.DataFrame) -> list[BaseArm]:
     found = []
-    for (replay, anchor, average), arm in own.groupby(TREATMENT):
+    for treatment, arm in own.groupby(TREATMENT):
+        replay, anchor, average = map(float, treatment)  # NumPy's before pandas 3
         found.append(
             BaseArm(
                 delta=_rest(replay),
