@@ -77,6 +77,11 @@ def shown_key(key: object) -> str:
     return cut(key) if isinstance(key, str) and key.isprintable() else shown(key)
 
 
+def shown_path(path: object) -> str:
+    """A path as messages show it; of text that was given in place of one, the beginning in quotes."""
+    return written if (written := str(path)).isprintable() else shown(written)
+
+
 def cut(text: str, characters: int = SHOWN) -> str:
     """`text`, or its beginning where it is longer."""
     return text if len(text) <= characters else f"{text[: characters - 1]}…"

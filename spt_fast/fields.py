@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import yaml
 
 from spt_fast.data.mixture import exact_share
-from spt_fast.errors import RecipeError, SptError, cut, invalid, nearest, shown, shown_key
+from spt_fast.errors import RecipeError, SptError, cut, invalid, nearest, shown, shown_key, shown_path
 from spt_fast.files import NO_USER, check_regular, expanded, settled
 from spt_fast.synonyms import unknown_key
 
@@ -333,10 +333,11 @@ def read_yaml(path: str | Path) -> Any:
         check_regular(Path(path))
         with Path(path).open(encoding="utf-8") as file:
             text = file.read(MAX_CHARACTERS + 1)
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe in YAML") from None
-    except ValueError as error:
+    except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: is not valid YAML: {error}") from None
+    except (OSError, ValueError) as error:  # ValueError: no file can have that name
+        why = error.strerror if isinstance(error, OSError) else "no file can have that name"
+        raise RecipeError(f"{shown_path(path)}: cannot be read ({why}); give the path of a recipe in YAML") from None
     if len(text) > MAX_CHARACTERS:
         raise RecipeError(f"{path}: holds more than {MAX_CHARACTERS:,} characters; give the path of a recipe in YAML")
     return parse_yaml(text, str(path))

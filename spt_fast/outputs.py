@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from spt_fast.errors import SptError
+from spt_fast.errors import SptError, invalid
 
 HEAD_BYTES = 4096
 RUN_FOLDERS = ("checkpoints", "weights")
 
 
+def check_name(path: str | os.PathLike[str], argument: str) -> None:
+    """SptError, which names the argument, if no file can have this path: it holds a NUL byte or half of a surrogate
+    pair, or is too long."""
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            given = invalid(argument, os.fspath(path), "no file can have that name; choose another")
+            raise SptError(given, argument=True) from None
+
+
 def check_output(file: Path, argument: str, is_ours: Callable[[Path], bool]) -> None:
     """SptError, which names the argument, if `file` exists and is neither empty nor (by `is_ours`) of the kind to be
     written, or if it would be among a run's own files. Call it before any work is done."""
+    check_name(file, argument)
     if run := run_around(file):
         problem = f"is inside the run {run}; choose another place"
     elif file.is_symlink():
@@ -33,6 +47,7 @@ def check_output(file: Path, argument: str, is_ours: Callable[[Path], bool]) -> 
 
 def check_folder(folder: Path, argument: str) -> None:
     """SptError, which names the argument, if the folder for results is a file."""
+    check_name(folder, argument)
     if folder.exists() and not folder.is_dir():
         raise SptError(f"{argument}: {folder} is a file; name a folder", argument=True)
 

@@ -14,11 +14,13 @@ import pytest
 import yaml
 
 from spt_fast.config import Model, load_recipe, recipe_from
-from spt_fast.errors import RecipeError
+from spt_fast.data.text import find_files
+from spt_fast.errors import RecipeError, SptError, shown
 from spt_fast.fields import Span, apply_overrides, parse_count, parse_share, parse_yaml, setting, text
 from spt_fast.model.config import GPTConfig
 from spt_fast.optimizers import OPTIMIZERS
 from spt_fast.optimizers.adamw import AdamW
+from spt_fast.study.load import load_study
 
 
 def raw_recipe(**changes: Any) -> dict[str, Any]:
@@ -461,6 +463,29 @@ def test_every_message_names_the_file_and_cuts_what_is_long(tmp_path: Path) -> N
         assert re.match(rf"{re.escape(str(path))}: .*{said}", str(error.value))
         assert len(str(error.value)) < 400
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("read", "says"),
+    [
+        (load_recipe, ": cannot be read ("),
+        (load_study, ": neither a file nor a ready study; give the path of a study in YAML; known: dcpt, "),
+        (find_files, " doesn't exist; give files, folders"),
+    ],
+)
+@pytest.mark.parametrize("lines", [3, 999])
+def test_text_in_place_of_a_path_is_shown_by_its_beginning(read: Any, says: str, lines: int) -> None:
+    given = "run: some text\n" * lines
+    with pytest.raises(SptError) as error:
+        read(given)
+    assert str(error.value).startswith(shown(given) + says)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+def test_a_path_that_no_file_can_have_is_not_called_bad_yaml(name: str) -> None:
+    with pytest.raises(RecipeError, match="cannot be read \\(no file can have that name\\); give the path") as error:
+        load_recipe(name)
+    assert str(error.value).startswith(repr(name))
 
 
 @pytest.mark.parametrize("item", ["9" * 5000, "²"])

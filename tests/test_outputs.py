@@ -12,13 +12,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
+import spt_fast as spt
 from spt_fast import cli
 from spt_fast.data.tokenizer import train_tokenizer
 from spt_fast.errors import CheckpointError, SptError
 from spt_fast.files import is_temporary, write_text
 from spt_fast.locks import InUse
 from spt_fast.model.gpt import GPT, GPTConfig
-from spt_fast.outputs import check_output, is_figure, is_json_with, is_tokenizer
+from spt_fast.outputs import check_folder, check_output, is_figure, is_json_with, is_tokenizer
 from spt_fast.report.page import report
 from spt_fast.study import figures, fits, runs_table
 from spt_fast.train.folder import owned
@@ -53,6 +54,26 @@ def test_a_place_is_free_or_holds_a_result_of_the_kind(tmp_path: Path) -> None:
     ):
         with pytest.raises(SptError, match=problem):
             check_output(tmp_path / name, "out", ours)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b", "x" * 300], ids=["NUL", "surrogate", "long"])
+def test_a_place_that_no_file_can_have_is_refused_by_the_argument(tmp_path: Path, name: str) -> None:
+    texts, place = tmp_path / "in.jsonl", tmp_path / name
+    texts.write_text('{"text": "some text"}\n' * 9)
+    ranks = spt.Tokenizer({bytes([i]): i for i in range(256)}, ".", {"<|endoftext|>": 256})
+    for write in (
+        lambda: check_output(place, "out", is_figure),
+        lambda: check_folder(place, "out"),
+        lambda: spt.prepare(texts, place, ranks),
+        lambda: spt.tokenizer(texts, 257, place),
+        lambda: spt.init(texts, texts, place),
+        lambda: export(tmp_path / "model", place),
+    ):
+        with pytest.raises(
+            SptError, match=r"^out: .* is invalid: no file can have that name; choose another$"
+        ) as error:
+            write()
+        assert error.value.argument
 
 
 def test_every_writer_leaves_foreign_files_alone(tmp_path: Path) -> None:

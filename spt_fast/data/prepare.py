@@ -27,6 +27,7 @@ from spt_fast.data.text import Chunk, Inputs, TextReader, parse
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.data.workers import Encoded, EncoderPool, Settings, TextBatch
 from spt_fast.errors import DataError, SptWarning, counted, invalid
+from spt_fast.outputs import check_name
 from spt_fast.progress import progress_of
 from spt_fast.quantities import size_so_far
 
@@ -91,6 +92,7 @@ def prepare(
     split that leaves a side empty, a full disk, and a worker that dies. Then, and when interrupted, no files are left.
     """
     start_s = time.perf_counter()
+    check_name(out, "out")
     workers = _cores() if workers is None else workers
     if workers < 1:
         raise DataError(invalid("workers", workers, "at least 1; leave it out for one per core"), argument=True)

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from spt_fast.data.parquet_pages import rows_per_block
-from spt_fast.errors import DataError, MissingKey, SptWarning, invalid, shown_key
+from spt_fast.errors import DataError, MissingKey, SptWarning, invalid, shown_key, shown_path
 
 Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -248,10 +248,11 @@ def find_files(inputs: Inputs) -> Found:
             raise DataError(
                 invalid("inputs", given, "name files or folders; . is the working directory"), argument=True
             )
-        if _is_pipe(path) or path.is_file():
+        exists = path == STDIN or os.path.exists(path)  # False too for text in place of a path
+        if exists and (_is_pipe(path) or path.is_file()):
             _split_name(path)
             files.append(path)
-        elif path.is_dir():
+        elif exists and path.is_dir():
             found = _files_in(path, passed_over)
             if not found:
                 said = f"; {_listed(passed_over)}" if passed_over else ""
@@ -261,7 +262,7 @@ def find_files(inputs: Inputs) -> Found:
             _say_held_out(path, found)
             files += found
         else:
-            raise DataError(f"{path} doesn't exist; give files, folders, or - for standard input")
+            raise DataError(f"{shown_path(path)} doesn't exist; give files, folders, or - for standard input")
     if not files:
         raise DataError("no input given; give files, folders, or - for standard input")
     if passed_over:

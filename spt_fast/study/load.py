@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spt_fast.errors import RecipeError, invalid, nearest
+from spt_fast.errors import RecipeError, invalid, nearest, shown_path
 from spt_fast.fields import apply_overrides, naming, read_yaml
 from spt_fast.study.study import Study, study_from
 from spt_fast.study.tree import expand
@@ -28,8 +29,9 @@ def load_study(name: str, overrides: Sequence[str] = (), *, given: Mapping[str, 
     Raises RecipeError, and CheckpointError for `init` without weights.
     """
     ready = name in ready_studies()
-    if not ready and not Path(name).exists():
-        raise RecipeError(f"{name}: neither a file nor a ready study; {nearest(name, ready_studies())}")
+    if not ready and not os.path.exists(name):
+        expected = f"give the path of a study in YAML; {nearest(name, ready_studies())}"
+        raise RecipeError(f"{shown_path(name)}: neither a file nor a ready study; {expected}")
     raw = read_yaml(READY / f"{name}.yaml" if ready else name)
     if not isinstance(raw, dict):
         raise RecipeError(f"{name}: holds no study; write keys such as study, models, sources and stages")

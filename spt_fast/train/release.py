@@ -20,6 +20,7 @@ from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid, sho
 from spt_fast.files import write_text
 from spt_fast.model import hf
 from spt_fast.model.config import GPTConfig
+from spt_fast.outputs import check_name
 from spt_fast.train.card import FILE as CARD
 from spt_fast.train.card import model_card
 from spt_fast.train.folder import owned, recipe_of
@@ -170,6 +171,7 @@ def take_over(model: Path, folder: Path, *, overwrite: bool = False) -> None:
 @contextmanager
 def outside_runs(folder: Path) -> Iterator[None]:
     """Lock a folder outside of every run; CheckpointError for a folder of a run."""
+    check_name(folder, "out")
     place = folder.resolve()
     around = [part.parent for part in (place, *place.parents) if part.name in ("weights", "checkpoints")]
     if run := next(filter(None, map(run_of, (place, *around))), None):
