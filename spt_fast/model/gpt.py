@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import checkpoint
 
+from spt_fast.errors import invalid
 from spt_fast.files import place
 from spt_fast.kernels import (
     add_rms_norm,
@@ -185,6 +186,9 @@ def _register(module: nn.Module, rows: Iterable[Parameter]) -> None:
         module.register_parameter(row.name, nn.Parameter(torch.empty(row.shape)) if row.present else None)
 
 
+CHECKPOINTING = ("none", "selective", "full")
+
+
 class GPT(nn.Module):
     """A GPT of the given shape; its initial parameters depend on `seed` only.
 
@@ -239,10 +243,13 @@ class GPT(nn.Module):
         reduction is "mean" or "sum" (scalars), or "none" ([B·T]), in nats. cu_seqlens int32 [n+1] cuts the B·T tokens,
         flattened, into documents: attention stays inside a document and positions restart in each (and in each row).
         scale: as in linear_cross_entropy, for a loss that is only used for its `backward()`.
-        ValueError: tokens of another shape, or more than config.context in a row.
+        ValueError: tokens of another shape, or more than config.context in a row, or another `checkpointing` than its
+        three.
         """
         if tokens_BT.dim() != 2:
             raise ValueError(f"tokens: {tuple(tokens_BT.shape)} is invalid: they must be [B, T]")
+        if self.checkpointing not in CHECKPOINTING:
+            raise ValueError(invalid("checkpointing", self.checkpointing, f"write one of {', '.join(CHECKPOINTING)}"))
         if autocasts(tokens_BT) and isinstance(self.embedding, nn.Parameter):
             return self._under_autocast(tokens_BT, targets_BT, cu_seqlens, reduction, scale)
         T = tokens_BT.shape[1]

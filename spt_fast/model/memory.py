@@ -63,10 +63,10 @@ import torch
 from spt_fast.kernels import attention_cpu, cross_entropy, matmul, norm
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.flops import block_matrices, parameters
+from spt_fast.model.gpt import CHECKPOINTING as CHECKPOINTING
 from spt_fast.model.gpt import gains_by_fp8
 from spt_fast.model.parameters import Parameter, of_block, table
 
-CHECKPOINTING = ("none", "selective", "full")
 DISTRIBUTIONS = (
     *((stage, "none") for stage in (0, 1, 2, 3)),
     *((stage, "optimizer") for stage in (1, 2, 3)),

@@ -557,6 +557,15 @@ def test_checkpointing_changes_no_bit_and_recomputes_what_it_says(fields: dict) 
     assert products["full"] == products["none"] + 4 * config.layers
 
 
+def test_checkpointing_of_another_name_is_refused() -> None:
+    model = GPT(GPTConfig(**SMALL))
+    tokens = torch.zeros(1, 2, dtype=torch.long)
+    for name in ("Full", None, True):
+        model.checkpointing = name  # type: ignore[assignment]
+        with pytest.raises(ValueError, match=f"checkpointing: {name!r} is invalid: write one of none, selective, full"):
+            model(tokens, tokens)
+
+
 PRODUCTS = (
     *(torch.ops.aten.mm.default, torch.ops.aten.addmm.default),
     *(torch.ops.spt_fast.swiglu_linear.default, torch.ops.spt_fast.swiglu_linear_backward.default),
