@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from spt_fast.advice.result import Decision
-from spt_fast.advice.sizing import FEWEST_STEPS
+from spt_fast.advice.sizing import windows_of_step
 from spt_fast.config import BatchSize
 from spt_fast.errors import counted
 from spt_fast.model.presets import PRESETS
@@ -98,7 +98,7 @@ def _in_words(batch: Batch) -> str:
 
 def default_batch(most: int, window: int, tokens: float) -> Batch:
     """At most `most` windows, but few enough for FEWEST_STEPS steps in a phase of `tokens`: a power of two."""
-    return min(most, 1 << max(0, int(tokens / FEWEST_STEPS / window).bit_length() - 1)), window
+    return windows_of_step(most, tokens, window), window
 
 
 def in_windows(batch: Batch, window: int) -> Batch:

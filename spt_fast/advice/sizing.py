@@ -88,6 +88,13 @@ def _multiplied(square: torch.Tensor) -> float:
     return (square @ square)[0, 0].item()  # which waits for a GPU
 
 
+def windows_of_step(most: float, tokens: float, window: int, gpus: int = 1) -> int:
+    """Windows of a step: a power of two for each GPU, at most `most` together, and few enough for FEWEST_STEPS steps in
+    a phase of `tokens`. At least one for each GPU."""
+    each = min(most, tokens / FEWEST_STEPS / window) / gpus
+    return gpus << max(0, int(each).bit_length() - 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sizing:
     """The sizes of a run of one model on a general and a domain corpus."""
@@ -122,8 +129,8 @@ class Sizing:
 
     def sequences(self, tokens: int) -> int:
         """Windows of a step in a phase of `tokens`: a power of two for each GPU."""
-        best = min(0.292 * self.flops**0.3271, tokens / FEWEST_STEPS)
-        return self.device.count << max(0, round(best / self.window / self.device.count).bit_length() - 1)
+        best = 0.292 * self.flops**0.3271 / self.window
+        return windows_of_step(best, tokens, self.window, self.device.count)
 
     def steps(self, tokens: int) -> int:
         return max(1, tokens // (self.sequences(tokens) * self.window))

@@ -12,6 +12,7 @@ import torch
 
 from spt_fast import cli
 from spt_fast.advice import sizing, starter
+from spt_fast.advice.next_step import default_batch
 from spt_fast.advice.sizing import TRAINING_SHARE, Corpus, Device
 from spt_fast.config import load_recipe, recipe_from
 from spt_fast.data.tokenizer import train_tokenizer
@@ -191,6 +192,18 @@ def test_model_batch_and_rate_grow_with_machine_and_text() -> None:
     assert laptop.warmup(1000) == 50
     assert node.warmup(10**6) == sizing.WARMUP_STEPS
     assert 0 < laptop.papers["delta"] <= 0.1
+
+
+@pytest.mark.parametrize("gpus", [1, 6])
+def test_a_phase_has_at_least_200_steps_if_it_has_a_window_for_each_gpu_in_that_many(gpus: int) -> None:
+    device = Device("cuda", gpus, gpus * 400e12, 80 * 10**9)
+    made = starter.FromScratch.of(corpora(10**10, 10**8), 32_768, device, 24.0)
+    for windows, each in ((0.4, 1), (1, 1), (1.9, 1), (3.6, 2), (7.9, 4), (8, 8)):
+        tokens = round(windows * gpus * 200 * made.window)
+        assert made.sequences(tokens) == each * gpus
+        assert made.steps(tokens) >= (200 if windows >= 1 else 1)
+        if gpus == 1:
+            assert default_batch(32, made.window, tokens) == (each, made.window)
 
 
 def test_a_step_divides_among_the_gpus() -> None:
