@@ -11,9 +11,9 @@ from pathlib import Path
 from spt_fast.config import Engine, Schedule
 from spt_fast.errors import SptWarning, counted
 from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens, evaluation_texts
-from spt_fast.train.origin import origin_of
+from spt_fast.train.origin import origin_of, tokenizer_file
 from spt_fast.train.plan import Plan
-from spt_fast.train.weights import unfinished
+from spt_fast.train.weights import locate, unfinished
 
 FEW_DOCUMENTS = 30
 """With fewer, one document may change a loss more than a mixture does."""
@@ -26,7 +26,7 @@ def doubts(plan: Plan) -> list[str]:
     that cost more than the training, losses on little text or on training text, spans in tokens that are shorter than a
     step, a rate that jumps in a continued schedule or has fallen to 0, settings without effect, a source that is
     started again by windows of another length, a start from a run that isn't done, whose documents began or ended with
-    other tokens, or whose tokenizer has ids without a row."""
+    other tokens, or whose tokenizer is unknown or has ids without a row."""
     texts = (_twins, _limits, _repetitions, _evaluations, _thin_texts, Plan.leaks)
     found = (*texts, _spans, _jumps, _standstills, _unused, _restarts, _starts)
     return [doubt for find in found for doubt in find(plan)]
@@ -218,6 +218,11 @@ def _starts(plan: Plan) -> list[str]:
         return []
     doubt, origin = unfinished(Path(init)), origin_of(Path(init))
     found = [f"init: {doubt}"] if doubt else []
+    if plan.tokenizer_digest and not origin.tokenizer and not tokenizer_file(locate(Path(init))):
+        found.append(
+            f"init: {init} neither records nor holds a tokenizer, so whether its weights were trained with that of the "
+            f"text ({plan.tokenizer_digest[:12]}) is not known; put their tokenizer.json there"
+        )
     if plan.tokenizer and (doubt := plan.tokenizer.beyond(plan.model.vocab_size)):
         found.append(f"init: its tokenizer {doubt}")
     field, data = next(((field, data) for field, data in plan.texts.items() if data.eos_id is not None), ("", None))

@@ -273,6 +273,11 @@ def test_a_base_knows_its_tokenizer(tmp_path: Path, base: Path, raw: dict[str, A
     (base / "tokenizer.json").rename(tmp_path / "kept")
     foreign = make_plan(recipe_from(raw))
     assert foreign.tokenizer is None, "nothing is known"
+    says = f"init: {base} neither records nor holds a tokenizer, so whether its weights were trained with that of the"
+    assert [doubt.startswith(says) for doubt in doubts(foreign) if "a tokenizer" in doubt] == [True]
+    (tmp_path / "kept").rename(base / "tokenizer.json")
+    assert not [doubt for doubt in doubts(make_plan(recipe_from(raw))) if "a tokenizer" in doubt]
+    (base / "tokenizer.json").rename(tmp_path / "kept")
     (base / "tokenizer.model").write_bytes(b"\n")
     with pytest.raises(
         DataError, match=r"tokenizer: .*base/tokenizer.model belongs to a slow tokenizer, .*save_pretrained"
