@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ _NUMBERING = ("generation_config.json", "config.json")
 
 class HFTokenizer(BaseTokenizer):
     """A Hugging Face tokenizer; `files` are its files, {name: bytes}."""
+
+    rows: int | None = None
+    """Rows of the embedding of the model in its folder, if there is one."""
 
     def __init__(self, data: bytes, source: str = HF_FILE, files: Mapping[str, bytes] | None = None) -> None:
         try:
@@ -93,6 +97,9 @@ class HFTokenizer(BaseTokenizer):
             beside = {name: place.read_bytes() for name, place in places.items() if place.is_file()}
         files = {name: data for name, data in beside.items() if name not in _NUMBERING}
         tokenizer = cls(file.read_bytes(), str(file), files)
+        with suppress(KeyError, ValueError, AttributeError, RecursionError):
+            rows = json.loads(beside["config.json"].decode("utf-8-sig")).get("vocab_size")
+            tokenizer.rows = rows if isinstance(rows, int) else None
         if with_eos:
             tokenizer.eos_id = tokenizer._stated_eos(beside, file)
         return tokenizer

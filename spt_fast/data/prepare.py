@@ -119,6 +119,16 @@ def prepare(
             SptWarning,
             stacklevel=2,
         )
+    if isinstance(tokenizer, HFTokenizer) and tokenizer.rows:
+        for acts, id_ in (("ends", tokenizer.eos_id), ("begins", tokenizer.bos_id)):
+            if id_ is not None and id_ >= tokenizer.rows:
+                warnings.warn(
+                    f"tokenizer: {tokenizer.name_of(id_)!r}, which {acts} every document, is id {id_:,}, but the model "
+                    f"in its folder has rows for {tokenizer.rows:,} ids and cannot be trained on this text; name "
+                    f"another token as `{'eos' if acts == 'ends' else 'bos'}`",
+                    SptWarning,
+                    stacklevel=2,
+                )
     reader = TextReader(inputs, text_key, skip_bad=skip_bad)
     settings = Settings(text_key, skip_bad, hashed=heldout is not None)
     skipped: Counter[str] = Counter()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +105,27 @@ def test_ids_are_those_of_the_library_by_any_normaliser_and_with_added_tokens_of
             ids = library.encode(text, add_special_tokens=False).ids
             assert own.encode(text) == rebuilt(own.to_bytes()).encode(text) == ids, (kind, normalizer, text)
         assert library.token_to_id("<left>") in own.encode(around)
+
+
+def test_prepare_warns_of_an_end_for_which_the_model_beside_the_tokenizer_has_no_row(tmp_path: Path) -> None:
+    inputs, folder = write_jsonl(tmp_path / "a.jsonl", ["some text"]), hf_tokenizers.write(tmp_path / "base")
+    own = Tokenizer.load(folder)
+    end, begin, tool = (own.named_tokens()[name] for name in (hf_tokenizers.EOS, hf_tokenizers.BOS, "<tool>"))
+
+    def said(rows: object, **ends: str) -> list[str]:
+        (folder / "config.json").write_text(json.dumps({"vocab_size": rows}))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            prepare(inputs, tmp_path / "d", folder, workers=1, progress=False, **ends)
+        parts = r"tokenizer: (\S+), which (\w+) .* is id (\d+), .* (\d+) ids .*`(\w+)`"
+        found = (re.match(parts, str(one.message)) for one in caught)
+        return [" ".join(one.groups()) for one in found if one]
+
+    assert begin == end + 1 == tool - 1
+    assert said(end) == [f"'<|end|>' ends {end} {end} eos"]
+    assert said(end, bos=hf_tokenizers.BOS)[1:] == [f"'<|begin|>' begins {begin} {end} bos"]
+    assert said(tool, eos="<tool>") == [f"'<tool>' ends {tool} {tool} eos"]
+    assert said(end + 1) == said("many") == said(None) == []
 
 
 def test_prepare_begins_and_ends_documents_by_the_tokens_named(folders: dict[str, Path], tmp_path: Path) -> None:
