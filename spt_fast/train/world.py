@@ -206,7 +206,8 @@ def before_joining(act: Callable[[], Result]) -> Result:
         return act()
     except Exception as error:
         with suppress(RecipeError, RuntimeError):  # its own error says more than that it cannot join
-            join_world(process_group=False, timeout=PATIENCE).agree(error)
+            if launched_processes() > 1:
+                join_world(process_group=False, timeout=PATIENCE).agree(error)
         raise
 
 

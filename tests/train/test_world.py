@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
+import torch
 
 from spt_fast.errors import RecipeError
 from spt_fast.train import world
@@ -41,6 +42,16 @@ def test_a_world_of_one_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "")
     assert (join_world(process_group=False).rank, join_world(process_group=False).size) == (0, 1)
+
+
+def test_a_process_alone_says_an_error_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RecipeError("sed: unknown")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("looks for a GPU"))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RecipeError, match=r"^sed: unknown$"):
+        before_joining(fail)
 
 
 @pytest.mark.timeout(30)
