@@ -70,7 +70,7 @@ def _spans(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
     cu_seqlens = cu_seqlens.contiguous()
     end = torch.searchsorted(cu_seqlens, position, right=True)
     starts = torch.maximum(cu_seqlens[end - 1], row_start) - row_start
-    ends = torch.minimum(cu_seqlens[end.clamp_(max=len(cu_seqlens) - 1)], row_start + T) - row_start
+    ends = torch.minimum(cu_seqlens[end.clamp(max=len(cu_seqlens) - 1)], row_start + T) - row_start
     return torch.stack((starts, ends)).view(2, B, T)
 
 
