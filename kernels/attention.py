@@ -266,9 +266,9 @@ def _sdpa_of(
     q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, visible: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
     q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
-    gqa = k_BHTD.shape[1] != q_BHTD.shape[1]
+    grouped = {"enable_gqa": True} if k_BHTD.shape[1] != q_BHTD.shape[1] else {}  # never of a symbolic value
     o_BHTD = F.scaled_dot_product_attention(
-        q_BHTD, k_BHTD, v_BHTD, attn_mask=visible, is_causal=causal, scale=scale, enable_gqa=gqa
+        q_BHTD, k_BHTD, v_BHTD, attn_mask=visible, is_causal=causal, scale=scale, **grouped
     )
     return o_BHTD.transpose(1, 2)
 

@@ -57,11 +57,11 @@ def swiglu_mlp(
     """
     given = (x, gate_up_weight, down_weight, gate_up_bias, down_bias)
     check("swiglu_mlp", "x", x, x.shape, gate_up_weight, gate_up_bias, "gate_up_")
-    F, odd = divmod(gate_up_weight.shape[0], 2)
-    if odd:
+    rows = gate_up_weight.shape[0]
+    if rows % 2:
         expected = "its rows must be gate's and as many of up"
         raise ValueError(invalid("swiglu_mlp(gate_up_weight)", tuple(gate_up_weight.shape), expected))
-    check("swiglu_mlp", "gate_up_weight", gate_up_weight, (F,), down_weight, down_bias, "down_")
+    check("swiglu_mlp", "gate_up_weight", gate_up_weight, (rows // 2,), down_weight, down_bias, "down_")
     if not is_looked_at(given):  # which is to see every op
         backend = _SWIGLU_MLP.pick(backend, x)
         if backend == "triton" and fits(*given):

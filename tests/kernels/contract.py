@@ -173,13 +173,22 @@ class Contract:
             torch.library.opcheck(op, arguments, test_utils=tests)
 
     def test_it_compiles_whole(self, sample: Sample, backend: str) -> None:
+        self.compiles(sample, backend)
+
+    def test_it_compiles_for_sizes_left_open(self, sample: Sample) -> None:
+        if not sample.gradients:
+            pytest.skip("takes ten seconds, for tensors of sizes that never change")
+        backends = [backend for backend, _ in self.pairs(sample)]
+        self.compiles(sample, "reference" if "reference" in backends else backends[0], dynamic=True)
+
+    def compiles(self, sample: Sample, backend: str, dynamic: bool | None = None) -> None:
         def function(*inputs: Tensor) -> tuple[Tensor, ...]:
             given = (2 * x if number < sample.gradients else x for number, x in enumerate(inputs))
             return tuple(2 * y for y in sample.on(backend)(*given))
 
         inputs = sample.inputs(sample.rows, self.dtype_of(sample, backend))
         torch._dynamo.reset()  # the limit of recompilations counts those of the other cases
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
         both = [copies(inputs) for _ in range(2)]
         expected, found = (sample.results(f, given) for f, given in zip((function, compiled), both, strict=True))
         assert_same([*expected, *both[0]], [*found, *both[1]], loose=backend in sample.loose)
