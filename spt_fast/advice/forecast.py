@@ -2,10 +2,11 @@
 
 The domain loss is PostFinetuneLaw's. The loss before finetuning that it needs comes from the OverfittingLaw, the
 MixtureRepetitionLaw or a curve for each share: from the one with the smallest error when the largest budget is held
-out. The general loss comes from the same law fitted to general losses, a power law in the budget before and after
-finetuning for each share (our choice: no paper has a law for it). To estimate how certain the best share is, the laws
-are refitted to losses with further errors as large as those of the runs (which one seed leaves to be assumed, see
-PostFinetuneLaw), and the draws in which each share is best are counted.
+out, or, if that leaves the loss undetermined, from the next with about as small an error. The general loss comes from
+the same law fitted to general losses, a power law in the budget before and after finetuning for each share (our choice:
+no paper has a law for it). To estimate how certain the best share is, the laws are refitted to losses with further
+errors as large as those of the runs (which one seed leaves to be assumed, see PostFinetuneLaw), and the draws in which
+each share is best are counted.
 """
 
 from __future__ import annotations
@@ -19,17 +20,22 @@ import numpy as np
 import pandas as pd
 
 from spt_fast.advice.result import AtBudget, HeldOut, Outcome, Standing
-from spt_fast.errors import DataError, RecipeError
-from spt_fast.laws import ExtrapolationWarning, MixtureRepetitionLaw, OverfittingLaw, PostFinetuneLaw
+from spt_fast.errors import DataError, RecipeError, SptError
+from spt_fast.laws import ExtrapolationWarning, MixtureRepetitionLaw, OpenError, OverfittingLaw, PostFinetuneLaw
 from spt_fast.study.finetunes import Interval
 from spt_fast.study.words import amount
 
 Before = OverfittingLaw | MixtureRepetitionLaw
+Fitted = tuple[PostFinetuneLaw, HeldOut | None]
+"""A law, and its error at the largest budget from the others."""
 BEFORE: tuple[type[Before], ...] = (OverfittingLaw, MixtureRepetitionLaw)
 """Laws of the loss before finetuning."""
 LEVEL, DRAWS = 0.9, 100
 WIDEST = 2.0
 """The largest factor between the ends of an interval; a loss with a wider one counts as undetermined."""
+ABOUT = 1.5
+"""The largest factor between errors of a law and the best one, if it replaces that: each is the mean over a few runs of
+one budget."""
 FEWEST_BUDGETS, FEWEST_POINTS = 3, 4
 """For each share: as many budgets as a power law with an offset has parameters, and one more finetune."""
 
@@ -63,14 +69,8 @@ def forecast(rows: pd.DataFrame, curves: pd.DataFrame | None, tokens: float) -> 
     at: dict[str, Any] = {"tokens": np.full(len(deltas), tokens), "fraction": np.array(deltas)}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        law, error, before_law = _chosen(rows, curves)
-        domain = _intervals(law.predict(interval=LEVEL, **at))
-        widest = max(domain, key=lambda loss: loss.high / max(loss.low, 1e-9))
-        if not widest.high <= WIDEST * widest.low:
-            raise DataError(
-                f"the laws do not determine the domain loss after {amount(tokens)} tokens: an interval spans more than "
-                f"a factor of {WIDEST:g}"
-            )
+        candidates, before_law = _candidates(rows, curves)
+        law, error, domain = _first_determined(candidates, at)
         general: Sequence[Interval | None] = [None] * len(deltas)
         forgetting: Sequence[float | None] = [None] * len(deltas)
         if rows[["general_before", "general_heldout"]].notna().all(axis=None):
@@ -87,6 +87,32 @@ def forecast(rows: pd.DataFrame, curves: pd.DataFrame | None, tokens: float) -> 
     standing = Standing(name, error, _against(law, _last(rows)), before, list(said), None if told else spread)
     outcomes = dict(zip(deltas, map(Outcome, domain, general, forgetting), strict=True))
     return Forecast(tokens, outcomes, draws, standing)
+
+
+def _first_determined(
+    candidates: Sequence[Fitted], at: dict[str, Any]
+) -> tuple[PostFinetuneLaw, HeldOut | None, list[Interval]]:
+    """The first of the laws that determines the domain losses, its error, and these. Raises the first one's DataError
+    or OpenError if none does."""
+    problems: list[SptError] = []
+    for law, error in candidates:
+        try:
+            return law, error, _determined(law, at)
+        except (DataError, OpenError) as problem:
+            problems.append(problem)
+    raise problems[0]
+
+
+def _determined(law: PostFinetuneLaw, at: dict[str, Any]) -> list[Interval]:
+    """Its predictions. Raises DataError if an interval is wider than WIDEST, OpenError if there is none."""
+    domain = _intervals(law.predict(interval=LEVEL, **at))
+    widest = max(domain, key=lambda loss: loss.high / max(loss.low, 1e-9))
+    if not widest.high <= WIDEST * widest.low:
+        raise DataError(
+            f"the laws do not determine the domain loss after {amount(at['tokens'][0])} tokens: an interval spans more "
+            f"than a factor of {WIDEST:g}"
+        )
+    return domain
 
 
 def _best_before(law: Before | None, tokens: float) -> float | None:
@@ -129,25 +155,23 @@ def _columns(rows: pd.DataFrame, corpus: str) -> pd.DataFrame:
     )
 
 
-def _chosen(rows: pd.DataFrame, curves: pd.DataFrame | None) -> tuple[PostFinetuneLaw, HeldOut | None, Before | None]:
-    """The law that predicts the largest budget best from the others, its error there, and the law of the loss before
-    finetuning that has the smallest error."""
-    plain = _fitted(rows, None, None), _heldout_error(rows, None, None)
-    others = []
+def _candidates(rows: pd.DataFrame, curves: pd.DataFrame | None) -> tuple[list[Fitted], Before | None]:
+    """The law that predicts the largest budget best from the others, then those with about as small an error there; and
+    the law of the loss before finetuning that has the smallest error."""
+    plain: Fitted = _fitted(rows, None, None), _heldout_error(rows, None, None)
+    others: list[Fitted] = []
     for kind in BEFORE if curves is not None else ():
         try:
             others.append((_fitted(rows, curves, kind), _heldout_error(rows, curves, kind)))
         except DataError:
             continue
-    best, its_error = min(others, key=_error, default=(None, None))
-    if best is None:
-        return *plain, None
-    if _error((best, its_error)) < _error(plain) and plain[1]:
-        return best, its_error, best.heldout
-    return *plain, best.heldout
+    best = min(others, key=_error, default=None)
+    ordered = sorted([plain, *others], key=_error) if plain[1] else [plain]
+    about = [one for one in ordered[1:] if _error(one) <= ABOUT * _error(ordered[0])]
+    return [ordered[0], *about], best[0].heldout if best else None
 
 
-def _error(fitted: tuple[PostFinetuneLaw, HeldOut | None]) -> float:
+def _error(fitted: Fitted) -> float:
     return fitted[1].mre if fitted[1] else np.inf
 
 
