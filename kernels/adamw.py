@@ -278,7 +278,7 @@ def _reference(
         w.sub_(update)
         for stored, computed in ((m_, m), (v_, v), (theta_, w), (param_, w)):
             if stored is not computed:
-                stored.copy_(computed)
+                stored.copy_(computed if skip is None else torch.where(skip, stored, computed.to(stored.dtype)))
 
 
 def _log(beta: float) -> float:

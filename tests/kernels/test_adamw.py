@@ -216,11 +216,12 @@ def test_small_updates_are_not_lost_in_half_precision(update: Update, half: torc
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_a_skipped_step_changes_nothing(update: Update, poison: float, first: bool, as_tensor: bool) -> None:
     """Not even as the first step, whose number is then not counted: step=0, where the bias corrections divide by
-    zero."""
+    zero; nor a param that isn't its master's rounding."""
     master, m, v = state((40, 5))
     param, (anchor, grad) = master.bfloat16(), random_tensors([(40, 5)] * 2, torch.float32)
     if not first:
         update(param, grad, m, v, step=1, lr=LR, master=master)
+    param.neg_()
     before = [x.clone() for x in (param, master, m, v)]
     update(
         param, torch.full((40, 5), poison), m, v, step=torch.tensor(0.0 if first else 2.0), lr=LR, eps=0.0,
