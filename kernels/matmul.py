@@ -22,6 +22,8 @@ PAYS = RUNS and native.ops().cpu_matmul_pays()
 FEWEST_ROWS = 32
 """Rows of the left factor: with fewer, packing the right one doesn't pay."""
 
+_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+
 if RUNS:
     torch.library.register_fake("spt_fast::cpu_product", lambda a, b: a.new_empty(len(a), b.shape[1]))
     torch.library.register_fake("spt_fast::cpu_matmul", lambda a, b, out, add: None)
@@ -51,9 +53,9 @@ def rows_times(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
-    """A new tensor y in another shape, for an autograd Function to return: of a view autograd allows no change in
+    """A new matrix y in another shape, for an autograd Function to return: of a view autograd allows no change in
     place."""
-    return torch.ops.aten._unsafe_view(y, shape)
+    return y if len(shape) == 2 else _UNSAFE_VIEW(y, shape)
 
 
 def _is_ours(a: Tensor, b: Tensor) -> bool:
