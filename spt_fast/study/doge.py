@@ -34,7 +34,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,6 @@ from torch import Tensor
 from spt_fast.config import Recipe, recipe_from
 from spt_fast.data.loader import Batch, Loader
 from spt_fast.data.mixture import Mixture
-from spt_fast.data.order import SampleOrder
 from spt_fast.errors import CheckpointError, RecipeError, counted, invalid, nearest
 from spt_fast.files import write_text
 from spt_fast.model.flops import parameters
@@ -64,7 +63,7 @@ from spt_fast.train.precision import precision_of
 from spt_fast.train.resume import shape_of
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.snapshot import Snapshot, weights_of
-from spt_fast.train.world import ALONE, dtype_name, pick_device, use_deterministic_algorithms
+from spt_fast.train.world import ALONE, World, dtype_name, pick_device, use_deterministic_algorithms
 
 MU_UNIVERSAL = 0.01
 MU_TARGET = 0.05
@@ -422,19 +421,10 @@ class _Study:
             state.trajectory.append(Point(state.step, lr, self._by_source(state.weights), scored, by_row))
 
     def _loader(self, source: str) -> Loader:
-        plan, sequences = self.plan, self.phase.phase.batch.sequences
-        alone = Mixture({source: 1})
-        return Loader(
-            SampleOrder(alone, {source: self.phase.rings[source]}, sequences, {source: 0}, plan.recipe.seed, 0),
-            {source: plan.train[source]},
-            self.phase.context,
-            micro=self.phase.micro(1),
-            vocab_size=plan.model.vocab_size,
-            first_step=self.state.step,
-            last_step=self.phase.steps,
-            documents=self.phase.phase.documents,
-            device=self.proxy.engine.device,
-        )
+        """The windows of one source alone, as the recipe's phase would read them."""
+        alone = replace(self.plan, phases=(replace(self.phase, mixture=Mixture({source: 1})),))
+        world = World(0, 1, self.proxy.engine.device)
+        return alone.loader(0, {source: 0}, world, first_step=self.state.step)
 
     def _save(self) -> None:
         self.saved_step = self.state.step
