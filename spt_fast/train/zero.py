@@ -292,18 +292,18 @@ def _eighths(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 class Whole(torch.optim.Optimizer):
-    """An optimizer in one process on whole parameters, for DeepSpeed's stage 0: gradients arrive averaged."""
+    """An optimizer in one process on whole parameters, for DeepSpeed's stage 0: gradients arrive averaged. own: the
+    parameters that it updates."""
 
-    def __init__(self, model: GPT, settings: Optimizer, anchor_decay: float) -> None:
+    def __init__(
+        self, model: GPT, settings: Optimizer, anchor_decay: float, own: Callable[[str], bool] = lambda name: True
+    ) -> None:
         super().__init__([param for param in model.parameters() if param.requires_grad], {})
-        self._inner = self._optimizer(model, settings, anchor_decay)
+        self._inner = ModelOptimizer(model, settings, anchor_decay, own, flat=False)
         self.settings, self.anchor_decay = settings, anchor_decay
         self.params, self.count = self._inner.params, self._inner.count
         self.norm = self.skipped = self.count
         self.lr = 0.0
-
-    def _optimizer(self, model: GPT, settings: Optimizer, anchor_decay: float) -> ModelOptimizer:
-        return ModelOptimizer(model, settings, anchor_decay, flat=False)
 
     def link(self, engine: Any) -> None:
         pass
@@ -330,7 +330,7 @@ class Dealt(Whole):
 
     def __init__(self, model: GPT, settings: Optimizer, anchor_decay: float, world: World) -> None:
         self._world, self._owners = world, dealt(table(model.config), world.size)
-        super().__init__(model, settings, anchor_decay)
+        super().__init__(model, settings, anchor_decay, self._owns)
         sizes = {name: param.numel() for name, param in self.params.items()}
         self._messages = [
             (owner, names)
@@ -338,20 +338,18 @@ class Dealt(Whole):
             for names in _up_to(REDUCE_BUCKET, {n: size for n, size in sizes.items() if self._owners[n] == owner})
         ]
 
-    def _optimizer(self, model: GPT, settings: Optimizer, anchor_decay: float) -> ModelOptimizer:
-        own = lambda name: self._owners[name] == self._world.rank  # noqa: E731
-        return ModelOptimizer(model, settings, anchor_decay, own, flat=False)
+    def _owns(self, name: str) -> bool:
+        return self._owners[name] == self._world.rank
 
     def read(self, kind: str, name: str) -> Tensor:
         """The whole tensor of `kind` for a parameter. Collective."""
-        mine = self._owners[name] == self._world.rank
-        tensor = super().read(kind, name) if mine else self.params[name].detach().new_empty((), dtype=torch.float32)
-        tensor = tensor if mine else tensor.new_empty(self.params[name].shape)
+        param = self.params[name]
+        tensor = super().read(kind, name) if self._owns(name) else param.new_empty(param.shape, dtype=torch.float32)
         dist.broadcast(tensor, src=self._owners[name])
         return tensor
 
     def write(self, kind: str, name: str, tensor: Tensor) -> None:
-        if self._owners[name] == self._world.rank:
+        if self._owns(name):
             super().read(kind, name).copy_(tensor)
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
