@@ -93,7 +93,7 @@ def prepare(
     """
     start_s = time.perf_counter()
     check_name(out, "out")
-    workers = _cores() if workers is None else workers
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if workers < 1:
         raise DataError(invalid("workers", workers, "at least 1; leave it out for one per core"), argument=True)
     if heldout is not None and not 0 < heldout < 1:
@@ -302,7 +302,3 @@ def _refuse_empty(writers: list[DatasetWriter], share: Fraction | None, skipped:
                 f"{share} held out; give more documents: a .jsonl file has one per line; a .txt file is one, so cut a "
                 "long text into files (split --line-bytes=20K --additional-suffix=.txt) and give their folder"
             )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -64,7 +64,7 @@ class Local:
     """This machine: at most `jobs` processes, by default one per GPU, or per core without GPUs; at most `recipes`."""
 
     def __init__(self, recipes: int, jobs: int | None = None) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
         devices: list[str | None] = visible_gpus() or [None]
         self.jobs = max(1, min(recipes, jobs or (cores if devices == [None] else len(devices))))
         self._threads = max(1, cores // self.jobs)
