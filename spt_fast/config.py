@@ -364,6 +364,14 @@ class Engine:
     deterministic: bool = setting(boolean, False)
     """Use only algorithms on a GPU that give the same bits every time, even if they are slower. CPUs always do."""
 
+    def __post_init__(self) -> None:
+        if self.offload == "optimizer" and self.stage == 0:
+            raise RecipeError(invalid("engine.offload", "optimizer", "it needs ZeRO stage 1 or more; write stage: 1"))
+        if self.offload == "all" and self.stage < 3:
+            raise RecipeError(invalid("engine.offload", "all", "it needs ZeRO stage 3; write stage: 3"))
+        if self.name == "deepspeed" and self.cuda_graphs is True:
+            raise RecipeError(invalid("engine.cuda_graphs", True, "only the local engine records graphs; write false"))
+
 
 def _sources(raw: object, where: str) -> dict[str, Source]:
     if not isinstance(raw, Mapping) or not raw:
@@ -396,24 +404,31 @@ def _phases(raw: object, where: str) -> tuple[Phase, ...]:
         if phase.batch.micro and phase.batch.sequences % phase.batch.micro:
             expected = f"write a divisor of sequences ({phase.batch.sequences})"
             raise RecipeError(invalid(f"{here}.batch.micro", phase.batch.micro, expected))
-        if phase.schedule.carry_on and not phases:
-            raise RecipeError(f"{here}.schedule.continue: the first phase has no schedule to continue; name one")
-        if phase.schedule.carry_on and phase.schedule != Schedule(carry_on=True):
-            raise RecipeError(
-                f"{here}.schedule: `continue: true` takes the whole schedule of the previous phase; leave its other "
-                "keys out"
-            )
-        if phase.schedule.carry_on and "warmup" in (phase.grid or {}):
-            raise RecipeError(f"{here}.grid.warmup: a continued schedule has no warm-up; leave it out")
         for key in (phase.grid or {}).keys() - {"warmup"} - vars(phase.optimizer).keys():
             raise RecipeError(f"{here}.grid.{key}: {phase.optimizer.name} has no such setting; leave it out")
-        if phase.optimizer_state == "keep" and phases and phase.optimizer.name != phases[-1].optimizer.name:
-            given = f"{phases[-1].optimizer.name}'s state cannot be used by {phase.optimizer.name}; write reset"
-            raise RecipeError(invalid(f"{here}.optimizer_state", "keep", given))
-        if phase.optimizer_state == "keep" and not phases:
-            raise RecipeError(f"{here}.optimizer_state: the first phase has no optimizer state to keep; write reset")
+        _check_continued(phase, phases[-1] if phases else None, here)
         phases.append(phase)
     return tuple(phases)
+
+
+def _check_continued(phase: Phase, previous: Phase | None, where: str) -> None:
+    """RecipeError if a schedule or an optimizer's state cannot be continued."""
+    if phase.schedule.carry_on:
+        if previous is None:
+            raise RecipeError(f"{where}.schedule.continue: the first phase has no schedule to continue; name one")
+        if phase.schedule != Schedule(carry_on=True):
+            raise RecipeError(
+                f"{where}.schedule: `continue: true` takes the whole schedule of the previous phase; leave its other "
+                "keys out"
+            )
+        if "warmup" in (phase.grid or {}):
+            raise RecipeError(f"{where}.grid.warmup: a continued schedule has no warm-up; leave it out")
+    if phase.optimizer_state == "keep":
+        if previous is None:
+            raise RecipeError(f"{where}.optimizer_state: the first phase has no optimizer state to keep; write reset")
+        if phase.optimizer.name != previous.optimizer.name:
+            expected = f"{previous.optimizer.name}'s state cannot be used by {phase.optimizer.name}; write reset"
+            raise RecipeError(invalid(f"{where}.optimizer_state", "keep", expected))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -449,45 +464,35 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for phase in self.phases:
-            where = f"phases[{phase.name}]"
-            for source in phase.mixture:
-                if source not in self.sources:
-                    raise RecipeError(
-                        f"{where}.mixture.{shown_key(source)}: unknown source; {nearest(source, self.sources)}"
-                    )
-            chooses = phase.stop is not None or len(phase.arms()) > 1
-            if phase.stop and phase.stop.on not in self.sources:
-                raise RecipeError(
-                    invalid(f"{where}.stop.on", phase.stop.on, f"name a source; {nearest(phase.stop.on, self.sources)}")
-                )
-            if chooses and not self.sources[phase.chosen_by].heldout:
-                raise RecipeError(
-                    f"sources.{phase.chosen_by}.heldout: missing; {where} chooses its weights by the loss on it"
-                )
+            self._check_phase(phase, f"phases[{phase.name}]")
         if len(self.phases) > 1 and (several := [phase.name for phase in self.phases if phase.also_average]):
             raise RecipeError(f"phases[{several[0]}].also_average: the recipe has several phases; leave it out")
         if self.init_only and not self.init:
             raise RecipeError(invalid("init_only", self.init_only, "it needs `init`, the weights to take them from"))
-        engine = self.engine
-        for phase in self.phases:
-            if phase.optimizer.whole_matrices and (engine.stage > 1 or engine.offload != "none"):
-                needs = "it needs whole matrices, which ZeRO stages 2 and 3 and offloading split"
-                where = f"phases[{phase.name}].optimizer.name"
-                raise RecipeError(
-                    invalid(
-                        where, phase.optimizer.name, f"{needs}; write engine: {{stage: 1, offload: none}}, or adamw"
-                    )
-                )
-        if engine.offload == "optimizer" and engine.stage == 0:
-            raise RecipeError(invalid("engine.offload", "optimizer", "it needs ZeRO stage 1 or more; write stage: 1"))
-        if engine.offload == "all" and engine.stage < 3:
-            raise RecipeError(invalid("engine.offload", "all", "it needs ZeRO stage 3; write stage: 3"))
-        if engine.name == "deepspeed" and engine.cuda_graphs is True:
-            raise RecipeError(invalid("engine.cuda_graphs", True, "only the local engine records graphs; write false"))
         if not self.init and not self.model.preset and not self.model.layers:
             raise RecipeError(
                 "model: missing; name a preset such as {preset: 10m}, give layers, width, …, or set `init`"
             )
+
+    def _check_phase(self, phase: Phase, where: str) -> None:
+        """RecipeError if the phase needs sources or an engine that the recipe doesn't have."""
+        for source in phase.mixture:
+            if source not in self.sources:
+                says = f"unknown source; {nearest(source, self.sources)}"
+                raise RecipeError(f"{where}.mixture.{shown_key(source)}: {says}")
+        if phase.stop and phase.stop.on not in self.sources:
+            expected = f"name a source; {nearest(phase.stop.on, self.sources)}"
+            raise RecipeError(invalid(f"{where}.stop.on", phase.stop.on, expected))
+        if (phase.stop or len(phase.arms()) > 1) and not self.sources[phase.chosen_by].heldout:
+            raise RecipeError(
+                f"sources.{phase.chosen_by}.heldout: missing; {where} chooses its weights by the loss on it"
+            )
+        if phase.optimizer.whole_matrices and (self.engine.stage > 1 or self.engine.offload != "none"):
+            expected = (
+                "it needs whole matrices, which ZeRO stages 2 and 3 and offloading split; write engine: {stage: 1, "
+                "offload: none}, or adamw"
+            )
+            raise RecipeError(invalid(f"{where}.optimizer.name", phase.optimizer.name, expected))
 
     def plain(self) -> dict[str, Any]:
         """The resolved recipe as plain data; `recipe_from` of it gives an equal recipe."""
