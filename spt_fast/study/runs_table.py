@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -364,49 +364,65 @@ def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
     row = replace(_first_row(folder, recipe, summary, domain, general), stage=past.stage + 1, base=base)
     if summary["status"] == "failed":
         return [row]
-    rows: list[Row] = []
-    evaluations, sources = evaluations_of(folder), {"domain": domain, "general": general}
     if parent := parent_of(folder, recipe):
         row = replace(row, after=parent[0].name)
+    evaluations, rows = evaluations_of(folder), list[Row]()
     for phase in recipe.phases:
         done = summary["phases"][phase.name]
-        new_stage = not phase.schedule.carry_on
-        if new_stage and rows:
+        if rows and not phase.schedule.carry_on:
             row = replace(row, after=row.run)
-        scored = done.get("scored", {}).get("heldout", {})
-        counts: dict[str, Any] = {
-            f"{corpus}_{column}": scored.get(source, {}).get(of) or math.nan
-            for column, of in (("documents", "documents"), ("scored", "tokens"))
-            for corpus, source in sources.items()
-        }
-        row = replace(row, phase=phase.name, heldout=_heldout(summary, phase, domain, general), **counts)
-        window = done.get("context") or phase.batch.context or summary.get("context", math.nan)
-        row = replace(row, sequences=phase.batch.sequences, window=window)
-        if new_stage:
-            decay = _Decay.of(phase, done, window)
+        row = replace(row, **_of_phase(phase, done, summary, domain, general))
+        if not phase.schedule.carry_on:
+            decay = _Decay.of(phase, done, row.window)
         past = _entering(past, phase, recipe, done, (domain, general))
         share = Fraction(phase.mixture.get(domain, 0))
         flops_per_token = done.get("flops_per_token", summary["flops_per_token"])
-        for record in evaluations:
-            repeats = record["step"] == 0 and not new_stage  # the last evaluation of the previous phase
-            others = record.get("average", 0.0) not in (0.0, float(phase.average))  # belong to other runs
-            if record["phase"] != phase.name or record["arm"] != done["arm"] or repeats or others:
-                continue
-            losses = {
-                f"{corpus}_{split}": record[split].get(source, math.nan)
-                for split in SPLITS
-                for corpus, source in sources.items()
-            }
-            errors = record.get("standard_errors", {}).get("heldout", {})
-            losses |= {f"{corpus}_error": errors.get(source) or math.nan for corpus, source in sources.items()}
+        for record in _own_evaluations(evaluations, phase, done):
+            losses = _losses(record, domain, general)
             if record["step"] == 0 and past.stage > 0:
                 row = replace(row, domain_before=losses["domain_heldout"], general_before=losses["general_heldout"])
             here = past.after(record["tokens"], share, row.domain_tokens, flops_per_token)
-            at, average = _after_training(row, here, share), record.get("average", 0.0)
+            average = record.get("average", 0.0)
             handed_on = record["step"] == done["handed_on"] and average == float(phase.average)
+            at = _after_training(row, here, share)
             rows.append(replace(at, handed_on=handed_on, average=average, rate=decay.rate(int(here.tokens)), **losses))
         past = past.after(done["tokens"], share, row.domain_tokens, flops_per_token)
     return rows
+
+
+def _own_evaluations(evaluations: Iterable[dict[str, Any]], phase: Phase, done: Recorded) -> Iterator[dict[str, Any]]:
+    """The evaluations of the kept arm of a phase, without those of other runs' averages, and without the first one of a
+    phase that continues a stage, which repeats the last one of the phase before."""
+    for record in evaluations:
+        repeats = record["step"] == 0 and phase.schedule.carry_on
+        own = record.get("average", 0.0) in (0.0, float(phase.average))
+        if record["phase"] == phase.name and record["arm"] == done["arm"] and own and not repeats:
+            yield record
+
+
+def _of_phase(phase: Phase, done: Recorded, summary: dict[str, Any], domain: str, general: str) -> dict[str, Any]:
+    """The columns that all rows of a phase share, by name."""
+    scored = done.get("scored", {}).get("heldout", {})
+    return {
+        "phase": phase.name,
+        "heldout": _heldout(summary, phase, domain, general),
+        "sequences": phase.batch.sequences,
+        "window": done.get("context") or phase.batch.context or summary.get("context", math.nan),
+        **{
+            f"{corpus}_{column}": scored.get(source, {}).get(of) or math.nan
+            for column, of in (("documents", "documents"), ("scored", "tokens"))
+            for corpus, source in (("domain", domain), ("general", general))
+        },
+    }
+
+
+def _losses(record: Mapping[str, Any], domain: str, general: str) -> dict[str, Any]:
+    """The losses of an evaluation and their standard errors, by column."""
+    errors, losses = record.get("standard_errors", {}).get("heldout", {}), dict[str, Any]()
+    for corpus, source in (("domain", domain), ("general", general)):
+        losses |= {f"{corpus}_{split}": record[split].get(source, math.nan) for split in SPLITS}
+        losses[f"{corpus}_error"] = errors.get(source) or math.nan
+    return losses
 
 
 @dataclass(frozen=True)
