@@ -21,9 +21,9 @@ from spt_fast.model.generate import NOT_FINITE
 from spt_fast.model.gpt import GPT
 from spt_fast.progress import progress_of
 from spt_fast.train.precision import pick_dtype
-from spt_fast.train.release import ends_of, tokenizer_for
 from spt_fast.train.weights import load_model
-from spt_fast.train.world import pick_device
+from spt_fast.train.weights_tokenizer import ends_of, tokenizer_for
+from spt_fast.train.world import dtype_name, pick_device
 
 TOKENS_AT_A_TIME = 16_384
 LOGITS_BYTES = 1 << 30
@@ -112,7 +112,7 @@ class TextModel:
     @property
     def dtype(self) -> str:
         """The compute dtype."""
-        return str(self._model.embedding.dtype).removeprefix("torch.")
+        return dtype_name(self._model.embedding.dtype)
 
     def encode(self, text: str) -> list[int]:
         return [*([] if self.bos is None else [self.bos]), *self._ids(text)]

@@ -18,8 +18,9 @@ from spt_fast.model.config import GPTConfig
 from spt_fast.model.parameters import table
 from spt_fast.model.stored import Stored, finite
 from spt_fast.train.origin import Origin, Part, named, with_history
-from spt_fast.train.release import outside_runs, tokenizer_of, write_release
+from spt_fast.train.release import outside_runs, write_release
 from spt_fast.train.weights import chosen, digest_of, read_config, stored_weights
+from spt_fast.train.weights_tokenizer import tokenizer_of
 
 Weight = int | float | str | Fraction
 

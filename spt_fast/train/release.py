@@ -1,4 +1,4 @@
-"""Outputs of a run: generated text, and a Hugging Face folder, with the run's tokenizer."""
+"""Outputs of a run: a Hugging Face folder with its tokenizer, and generated text."""
 
 from __future__ import annotations
 
@@ -13,93 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spt_fast.data.base_tokenizer import BaseTokenizer, check_rows
-from spt_fast.data.hf_tokenizer import HF_FILE, SLOW_FILES, HFTokenizer, without_hf_file
-from spt_fast.data.tokenizer import Tokenizer, check_alike
-from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid, shown
+from spt_fast.data.base_tokenizer import check_rows
+from spt_fast.data.hf_tokenizer import HFTokenizer
+from spt_fast.errors import CheckpointError, SptWarning, invalid, shown
 from spt_fast.files import write_text
 from spt_fast.model import hf
 from spt_fast.model.config import GPTConfig
 from spt_fast.outputs import check_name
 from spt_fast.train.card import FILE as CARD
 from spt_fast.train.card import model_card
-from spt_fast.train.folder import owned, recipe_of
-from spt_fast.train.origin import Origin, carrier_of, origin_of, run_of, tokenizer_file, with_history
-from spt_fast.train.weights import chosen, load_model, locate, read_config, stored_dtype, stored_weights
+from spt_fast.train.folder import owned
+from spt_fast.train.origin import Origin, carrier_of, run_of, with_history
+from spt_fast.train.weights import chosen, load_model, stored_dtype, stored_weights
+from spt_fast.train.weights_tokenizer import ends_of, tokenizer_for, tokenizer_of
 from spt_fast.train.world import pick_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 AT_A_TIME = 32
 """Texts that are generated in one batch."""
-
-
-def tokenizer_of(path: Path, name: str | Path | None = None, *, needed: bool = False) -> BaseTokenizer | None:
-    """The named tokenizer, else the one beside the weights at `path` or in their run; None if there is none, and with a
-    warning if that of a base can't be read and isn't `needed`.
-
-    CheckpointError for another one than the weights were trained with; a warning for ids for which they have no row.
-    """
-    weights = locate(path)
-    run, origin = run_of(weights), origin_of(weights)
-    known = origin.tokenizer
-    if own := name or tokenizer_file(weights):
-        source = str(own)
-        try:
-            found = Tokenizer.load(own)
-        except DataError as error:
-            if needed or name or known:
-                raise
-            says = f"{error}; until then no text can be prepared or generated with it"
-            warnings.warn(says, SptWarning, stacklevel=2)
-            return None
-    elif run and (recorded := recipe_of(run).tokenizer):
-        source = recorded
-        try:
-            found = Tokenizer.load(source)
-        except DataError:
-            says = (
-                f"{run} is of an earlier version and has no copy, and {source} is missing; name the one it was trained"
-            )
-            raise CheckpointError(f"tokenizer: {says} with", argument=True) from None
-        if known is None:
-            warnings.warn(
-                f"{run} is of an earlier version and doesn't record its tokenizer: {source} is assumed to be the same",
-                SptWarning,
-                stacklevel=2,
-            )
-    elif (weights / HF_FILE).exists():  # a run of an earlier version
-        source = str(weights / HF_FILE)
-        found = Tokenizer.load(weights)
-    else:
-        return None
-    if known and found.digest != known:
-        raise CheckpointError(
-            f"tokenizer: {source} ({found.digest[:12]}) is not the one that the weights at {path} were trained with "
-            f"({known[:12]}); give that one",
-            argument=True,
-        )
-    if own and not name:
-        check_alike(found, Path(own).parent)
-    if doubt := found.beyond(read_config(weights).vocab_size):
-        warnings.warn(f"tokenizer: {source} {doubt}", SptWarning, stacklevel=2)
-    if origin.eos_id is not None:
-        found.eos_id, found.bos_id = origin.eos_id, origin.bos_id
-    elif known is None and isinstance(found, HFTokenizer):
-        found.bos_id = found.usual_bos_id
-    return found
-
-
-def tokenizer_for(path: Path, name: str | Path | None = None) -> BaseTokenizer:
-    """`tokenizer_of`; CheckpointError if there is none or no model, DataError if it must be converted first."""
-    if found := tokenizer_of(path, name, needed=True):
-        return found
-    if any((path / file).exists() for file in SLOW_FILES):
-        raise without_hf_file(path)
-    read_config(path)  # a folder that holds no model is named as such
-    raise CheckpointError(
-        f"tokenizer: missing; {path} does not say which tokenizer its ids come from: name it", argument=True
-    )
 
 
 def export(
@@ -178,13 +110,6 @@ def outside_runs(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"out: {folder} belongs to the run {run}; choose a folder outside it", argument=True)
     with owned(folder, "out"):
         yield
-
-
-def ends_of(weights: Path, tokenizer: BaseTokenizer) -> list[int]:
-    """The ids that end a text: the tokenizer's own, and those at which transformers ends a text of these weights."""
-    carrier = carrier_of(weights)
-    own = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    return own + (hf.stop_ids(carrier) if carrier else [])
 
 
 @dataclass(frozen=True)
