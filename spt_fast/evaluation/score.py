@@ -22,10 +22,10 @@ from spt_fast.printing import print_note, print_table
 from spt_fast.progress import progress_of
 from spt_fast.train.evaluate import EvalSet, Measured, measure
 from spt_fast.train.folder import recipe_of, summary_of
-from spt_fast.train.origin import origin_of, run_of, tokenizer_digest
+from spt_fast.train.origin import Origin, origin_of, run_of, tokenizer_digest
 from spt_fast.train.precision import pick_dtype
 from spt_fast.train.weights import chosen, load_model
-from spt_fast.train.world import World, pick_device
+from spt_fast.train.world import World, dtype_name, pick_device
 
 TOKENS_AT_A_TIME = 16_384
 
@@ -80,31 +80,7 @@ def scored(
     model, origin = load_model(weights), origin_of(weights)
     data = TokenDataset.open(prefix, dtype)
     data.verify(SAMPLED_BLOCKS)
-    if data.num_tokens < 2:
-        raise DataError(f"{prefix}: holds {counted(data.num_tokens, 'token')}; at least two are needed to score one")
-    theirs = tokenizer_digest(weights)
-    same = None if None in (theirs, data.tokenizer_digest) else theirs == data.tokenizer_digest
-    if same is False:
-        raise DataError(
-            f"{prefix}: was made with another tokenizer ({str(data.tokenizer_digest)[:12]}) than the one that the "
-            f"weights at {weights} were trained with ({str(theirs)[:12]}); prepare it with the weights' tokenizer"
-        )
-    for name in ("eos_id", "bos_id") if None not in (data.eos_id, origin.eos_id) else ():
-        if (this := getattr(data, name)) != (trained := getattr(origin, name)):
-            warnings.warn(
-                f"{prefix}: has {name} {this}, but the weights' training text has {trained}; prepare it with the "
-                "same tokens that begin and end a document",
-                SptWarning,
-                stacklevel=2,
-            )
-    largest = data.max_id if data.max_id is not None else int(data.tokens.max())
-    smallest = 0 if data.max_id is not None else int(data.tokens.min())
-    if smallest < 0 or largest >= model.config.vocab_size:
-        raise DataError(
-            f"{prefix}: holds token id {smallest if smallest < 0 else largest}, the model's vocabulary is "
-            f"{model.config.vocab_size}; prepare it with the tokenizer of these weights, without tokens that they "
-            "lack, or correct its dtype"
-        )
+    same = _check_fits(data, prefix, weights, origin, model.config.vocab_size)
     window = (origin.context or model.config.context) if context is None else context
     if not 0 < window <= model.config.context:
         expected = f"write 1 to {model.config.context:,}, the model's own"
@@ -146,11 +122,42 @@ def scored(
         context=window,
         documents=data.num_documents,
         inside_documents=inside,
-        dtype=str(computed_in).removeprefix("torch."),
+        dtype=dtype_name(computed_in),
         same_tokenizer=same,
         reported=reported.loss if reported else None,
         rescored=rescored,
     )
+
+
+def _check_fits(data: TokenDataset, prefix: Path, weights: Path, origin: Origin, vocab_size: int) -> bool | None:
+    """Whether the ids come from the weights' tokenizer; None if one of them doesn't record its own. DataError for
+    another tokenizer, too few tokens and unknown ids; a warning for other tokens around documents."""
+    if data.num_tokens < 2:
+        raise DataError(f"{prefix}: holds {counted(data.num_tokens, 'token')}; at least two are needed to score one")
+    theirs = tokenizer_digest(weights)
+    same = None if None in (theirs, data.tokenizer_digest) else theirs == data.tokenizer_digest
+    if same is False:
+        raise DataError(
+            f"{prefix}: was made with another tokenizer ({str(data.tokenizer_digest)[:12]}) than the one that the "
+            f"weights at {weights} were trained with ({str(theirs)[:12]}); prepare it with the weights' tokenizer"
+        )
+    for name in ("eos_id", "bos_id") if None not in (data.eos_id, origin.eos_id) else ():
+        if (this := getattr(data, name)) != (trained := getattr(origin, name)):
+            warnings.warn(
+                f"{prefix}: has {name} {this}, but the weights' training text has {trained}; prepare it with the "
+                "same tokens that begin and end a document",
+                SptWarning,
+                stacklevel=3,
+            )
+    largest = data.max_id if data.max_id is not None else int(data.tokens.max())
+    smallest = 0 if data.max_id is not None else int(data.tokens.min())
+    if smallest < 0 or largest >= vocab_size:
+        raise DataError(
+            f"{prefix}: holds token id {smallest if smallest < 0 else largest}, the model's vocabulary is "
+            f"{vocab_size}; prepare it with the tokenizer of these weights, without tokens that they lack, or correct "
+            "its dtype"
+        )
+    return same
 
 
 @dataclass(frozen=True)
