@@ -100,35 +100,7 @@ def prepare(
         raise DataError(
             invalid("heldout", str(heldout), "write a share above 0 and below 1, such as 0.5%"), argument=True
         )
-    if isinstance(tokenizer, BaseTokenizer):
-        tokenizer = copy(tokenizer)
-        tokenizer.set_ends(eos, bos)
-    else:
-        tokenizer = Tokenizer.load(tokenizer, eos=eos, bos=bos)
-    if tokenizer.eos_id is None:
-        raise DataError(
-            "tokenizer: names no token that ends a text; name the token that ends each document with `eos=…`",
-            argument=True,
-        )
-    usual = tokenizer.usual_bos_id if isinstance(tokenizer, HFTokenizer) else None
-    if isinstance(tokenizer, HFTokenizer) and usual is not None and tokenizer.bos_id is None:
-        begin = tokenizer.name_of(usual)
-        warnings.warn(
-            f"tokenizer: transformers begins every text with {begin!r}, and these documents begin without it; give "
-            "it as `bos` if the model was pretrained with it, which is likely",
-            SptWarning,
-            stacklevel=2,
-        )
-    if isinstance(tokenizer, HFTokenizer) and tokenizer.rows:
-        for acts, id_ in (("ends", tokenizer.eos_id), ("begins", tokenizer.bos_id)):
-            if id_ is not None and id_ >= tokenizer.rows:
-                warnings.warn(
-                    f"tokenizer: {tokenizer.name_of(id_)!r}, which {acts} every document, is id {id_:,}, but the model "
-                    f"in its folder has rows for {tokenizer.rows:,} ids and cannot be trained on this text; name "
-                    f"another token as `{'eos' if acts == 'ends' else 'bos'}`",
-                    SptWarning,
-                    stacklevel=2,
-                )
+    loaded = _with_ends(tokenizer, eos, bos)
     reader = TextReader(inputs, text_key, skip_bad=skip_bad)
     settings = Settings(text_key, skip_bad, hashed=heldout is not None)
     skipped: Counter[str] = Counter()
@@ -136,7 +108,7 @@ def prepare(
     with ExitStack() as stack:
         _refuse_heldout(base_prefix(Path(out)))
         parts = ["whole"] if heldout is None else ["train", "heldout"]
-        writers = [_writer(stack, out, tokenizer, part) for part in parts]
+        writers = [_writer(stack, out, loaded, part) for part in parts]
         obsolete = _older_split(writers[0].prefix) if heldout is None else None
         title, total = f"prepare {Path(out).name}", reader.total_bytes
         read_bytes = text_bytes = 0
@@ -147,9 +119,9 @@ def prepare(
 
         advance = stack.enter_context(progress_of(title, total, says=says, show=progress))
         batches = workers if reader.total_bytes is None else -(-reader.total_bytes // BATCH_BYTES)
-        pool = stack.enter_context(EncoderPool(tokenizer, settings, workers, starting=min(workers, batches)))
+        pool = stack.enter_context(EncoderPool(loaded, settings, workers, starting=min(workers, batches)))
         whole = None if heldout is None else stack.enter_context(Split(writers[0].prefix.parent, writers[0].dtype))
-        for batch, encoded in pool.encode(_proven(tokenizer, _batches(reader), text_key)):
+        for batch, encoded in pool.encode(_proven(loaded, _batches(reader), text_key)):
             with writers[0].clean_failure():
                 _write(writers[0], encoded) if whole is None else whole.add(encoded)
             skipped += encoded.skipped
@@ -184,6 +156,40 @@ def prepare(
         mb_per_s=sum(writer.num_bytes for writer in writers) / seconds / 1e6,
         workers=workers,
     )
+
+
+def _with_ends(tokenizer: BaseTokenizer | str | os.PathLike[str], eos: str | None, bos: str | None) -> BaseTokenizer:
+    """The tokenizer with the tokens that end and begin documents. DataError if none ends them; a warning if none begins
+    them, although transformers begins texts with one."""
+    if isinstance(tokenizer, BaseTokenizer):
+        loaded = copy(tokenizer)
+        loaded.set_ends(eos, bos)
+    else:
+        loaded = Tokenizer.load(tokenizer, eos=eos, bos=bos)
+    if loaded.eos_id is None:
+        raise DataError(
+            "tokenizer: names no token that ends a text; name the token that ends each document with `eos=…`",
+            argument=True,
+        )
+    usual = loaded.usual_bos_id if isinstance(loaded, HFTokenizer) and loaded.bos_id is None else None
+    if isinstance(loaded, HFTokenizer) and usual is not None:
+        warnings.warn(
+            f"tokenizer: transformers begins every text with {loaded.name_of(usual)!r}, and these documents begin "
+            "without it; give it as `bos` if the model was pretrained with it, which is likely",
+            SptWarning,
+            stacklevel=3,
+        )
+    if isinstance(loaded, HFTokenizer) and loaded.rows:
+        for acts, id_ in (("ends", loaded.eos_id), ("begins", loaded.bos_id)):
+            if id_ is not None and id_ >= loaded.rows:
+                warnings.warn(
+                    f"tokenizer: {loaded.name_of(id_)!r}, which {acts} every document, is id {id_:,}, but the model in "
+                    f"its folder has rows for {loaded.rows:,} ids and cannot be trained on this text; name another "
+                    f"token as `{'eos' if acts == 'ends' else 'bos'}`",
+                    SptWarning,
+                    stacklevel=3,
+                )
+    return loaded
 
 
 def _writer(stack: ExitStack, out: str | os.PathLike[str], tokenizer: BaseTokenizer, part: str) -> DatasetWriter:
