@@ -20,12 +20,13 @@ from itertools import chain
 from pathlib import Path
 
 from spt_fast.data.base_tokenizer import BaseTokenizer
+from spt_fast.data.dataset_files import base_prefix, part_of
 from spt_fast.data.hf_tokenizer import HFTokenizer
-from spt_fast.data.shards import DatasetWriter, base_prefix, commit, part_of
 from spt_fast.data.split import Split
 from spt_fast.data.text import Chunk, Inputs, TextReader, parse
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.data.workers import Encoded, EncoderPool, Settings, TextBatch
+from spt_fast.data.writer import DatasetWriter, commit
 from spt_fast.errors import DataError, SptWarning, counted, invalid
 from spt_fast.outputs import check_name
 from spt_fast.progress import progress_of

@@ -1,8 +1,6 @@
-"""Token datasets on disk: our own format, written atomically and hashed, and one call to open it or any other.
+"""Token datasets on disk, opened: our own format, any other, and many files as one corpus.
 
-A dataset is three files. PREFIX.bin: little-endian token ids, nothing else. PREFIX.idx: the exclusive end of each
-document, in tokens, u64. PREFIX.json: what the other two hold (dtype, vocabulary, counts, largest id) with a sha256 of
-each 64 MiB block of .bin, of .idx, and of itself. The .json is written last: without it the dataset doesn't open.
+`spt_fast.data.dataset_files` describes our format, and `spt_fast.data.writer` writes it.
 """
 
 from __future__ import annotations
@@ -11,33 +9,36 @@ import contextlib
 import errno
 import glob
 import hashlib
-import json
 import os
 import re
 import resource
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from spt_fast.data import formats
+from spt_fast.data.dataset_files import BLOCK_BYTES, END_DTYPE, base_prefix, files_of, read_metadata, sha256_of
 from spt_fast.data.joined import JoinedTokens
 from spt_fast.data.text import HELD_OUT
 from spt_fast.errors import DataError, SptWarning, counted, cut, invalid
-from spt_fast.files import place, sync
-from spt_fast.locks import locked
-from spt_fast.outputs import run_around
+from spt_fast.files import place
 
-FORMAT = "spt_fast tokens"
-VERSION = 1
-BLOCK_BYTES = 64 << 20
+# isort: split
+# These names were here before.
+from spt_fast.data.dataset_files import FORMAT as FORMAT
+from spt_fast.data.dataset_files import VERSION as VERSION
+from spt_fast.data.dataset_files import datasets_in as datasets_in
+from spt_fast.data.dataset_files import part_of as part_of
+from spt_fast.data.writer import DatasetWriter as DatasetWriter
+from spt_fast.data.writer import commit as commit
+
 SAMPLED_BLOCKS = 4
 """Blocks that a quick check hashes."""
-END_DTYPE = np.dtype("<i8")  # u64 on disk: below 2^63 the same bytes, and int64 mixes with Python's and NumPy's ints
 
 Prefix = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """Of a token dataset; a folder, pattern or list stands for one in many files."""
@@ -57,6 +58,7 @@ _ENDS_CHECKED = 1 << 16  # at open; the hash covers them all
 @dataclass(frozen=True, eq=False)
 class TokenDataset:
     """Token ids of one corpus, mapped from disk and never loaded whole.
+
     tokens          [num_tokens], read-only memmap; uint16 or uint32 in our format, any integer dtype in others; for
                     many files JoinedTokens, which index the same way
     document_ends   int64 [num_documents], non-decreasing exclusive ends in tokens; None if the format has none
@@ -119,7 +121,7 @@ class TokenDataset:
             if not isinstance(prefix, (str, os.PathLike)) or is_many(Path(prefix)):
                 return _join(prefix, dtype)
             base = base_prefix(Path(prefix))
-            metadata = _read_metadata(files_of(base)[2])
+            metadata = read_metadata(files_of(base)[2])
             if metadata is None:
                 found = formats.find(Path(prefix), declared)
                 stamp = stamp_of(found.path.stat())
@@ -160,7 +162,7 @@ class TokenDataset:
             offset_bytes=0,
             tokens=formats.map_ids(bin_path, id_dtype, 0, num_tokens),
             document_ends=ends,
-            digest=_sha256_of([metadata["dtype"], metadata["blocks_sha256"], metadata["idx_sha256"]]),
+            digest=sha256_of([metadata["dtype"], metadata["blocks_sha256"], metadata["idx_sha256"]]),
             modified_ns=_modified_ns(bin_path),
             stamp=stamp,
             num_bytes=metadata["num_bytes"],
@@ -197,7 +199,7 @@ class TokenDataset:
             tokens = int(ends[-1])
             if tokens == self.num_tokens:
                 return self
-        digest = _sha256_of([self.digest, "first", tokens])
+        digest = sha256_of([self.digest, "first", tokens])
         cut = replace(self, document_ends=ends, num_bytes=None, digest=digest)
         if not self.shards:
             return replace(cut, tokens=self.tokens[:tokens])
@@ -300,7 +302,7 @@ def _join(given: Prefix, dtype: str | None) -> TokenDataset:
         else np.concatenate(
             [end + start for end, start in zip(ends, starts.tolist(), strict=False) if end is not None]
         ),
-        digest=_sha256_of([shard.digest for shard in shards]) if len(shards) > 1 else first.digest,
+        digest=sha256_of([shard.digest for shard in shards]) if len(shards) > 1 else first.digest,
         modified_ns=max(shard.modified_ns for shard in shards),
         num_bytes=_of_all(sum, [shard.num_bytes for shard in shards]),
         max_id=_of_all(max, [shard.max_id for shard in shards if shard.num_tokens]),
@@ -385,198 +387,6 @@ def _of_all(combine: Callable[[list[int]], int], values: list[int | None]) -> in
     return combine(known) if known and len(known) == len(values) else None
 
 
-class DatasetWriter:
-    """Writes a dataset under temporary names beside PREFIX and moves it into place, whole, at `commit`.
-
-    As a context manager it commits on success and aborts on any exception. Meanwhile no other process can write there
-    (InUse). A dataset already at PREFIX stays as it is until `commit`; other programs' files there are never replaced
-    (DataError). After a crash only temporary files may remain, or files without a .json, which don't open; the next
-    writer removes them. Ids are uint16 if `vocab_size` <= 65,536, else uint32. A failing disk is a DataError too, and
-    leaves nothing behind.
-
-    part   which part of its text the dataset is: "whole", "train" or "heldout"
-    dtype  of the ids on disk
-    """
-
-    def __init__(
-        self,
-        prefix: str | os.PathLike[str],
-        *,
-        vocab_size: int,
-        eos_id: int | None,
-        tokenizer_digest: str | None,
-        bos_id: int | None = None,
-        part: str = "whole",
-    ) -> None:
-        self.prefix = base_prefix(Path(prefix))
-        if self.prefix.name in ("", ".."):
-            expected = "name the files, not only their folder, such as data/general"
-            raise DataError(invalid("out", str(prefix), expected), argument=True)
-        self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-        self._vocab_size, self._eos_id, self._tokenizer_digest = vocab_size, eos_id, tokenizer_digest
-        self._bos = {} if bos_id is None else {"bos_id": bos_id}
-        self._part = part
-        self.num_tokens = self.num_documents = self.num_bytes = 0
-        self._max_id: int | None = None
-        self._idx_hash = hashlib.sha256()
-        self._block_hash, self._block_filled = hashlib.sha256(), 0
-        self._blocks: list[str] = []
-        if run := run_around(self.prefix):
-            raise DataError(f"out: {self.prefix} is inside the run {run}; choose another place", argument=True)
-        self._partial = _partial(self.prefix)
-        self._files: list[BinaryIO] = []
-        self._is_replacing = False
-        self._lock = contextlib.ExitStack()
-        with self.clean_failure():
-            self.prefix.parent.mkdir(parents=True, exist_ok=True)
-            lock = self.prefix.parent / f".{self.prefix.name}.lock"
-            self._lock.enter_context(locked(lock, f"out: {self.prefix}", argument=True))
-        try:
-            _refuse_foreign(self.prefix)
-            with self.clean_failure():
-                _remove_leftovers(self.prefix)
-                for path in self._partial[:2]:
-                    self._files.append(path.open("xb"))
-        except BaseException:
-            self._lock.close()
-            raise
-
-    def write(self, tokens: np.ndarray, document_lengths: np.ndarray, num_bytes: int) -> None:
-        """Append whole documents.
-
-        tokens: integers [sum of document_lengths]; document_lengths: integers [documents], in tokens; num_bytes: UTF-8
-        bytes of their text. Raises DataError (and aborts) for an id outside the vocabulary or a failing disk.
-        """
-        ends = self.num_tokens + np.cumsum(document_lengths, dtype=END_DTYPE)
-        assert len(tokens) == (int(ends[-1]) - self.num_tokens if len(ends) else 0), "lengths don't sum to the tokens"
-        if len(tokens):
-            smallest, largest = int(tokens.min()), int(tokens.max())
-            if smallest < 0 or largest >= self._vocab_size:
-                self.abort()
-                raise DataError(
-                    f"{self.prefix}: token id {smallest if smallest < 0 else largest} is outside the vocabulary of "
-                    f"{self._vocab_size:,}; use the tokenizer that the vocabulary size belongs to"
-                )
-            self._max_id = max(largest, self._max_id or 0)
-        data, end_bytes = tokens.astype(self.dtype).tobytes(), ends.tobytes()
-        self._idx_hash.update(end_bytes)
-        self._hash_blocks(data)
-        with self.clean_failure():
-            self._files[0].write(data)
-            self._files[1].write(end_bytes)
-        self.num_tokens += len(tokens)
-        self.num_documents += len(ends)
-        self.num_bytes += num_bytes
-
-    def commit(self) -> dict[str, Any]:
-        """Make the dataset durable and visible; returns its metadata, the content of PREFIX.json."""
-        return commit(self)[0]
-
-    def _seal(self) -> dict[str, Any]:
-        """Make everything durable under temporary names."""
-        if self._block_filled:
-            self._close_block()
-        metadata: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "part": self._part,
-            "dtype": self.dtype.name,
-            "vocab_size": self._vocab_size,
-            "tokenizer_digest": self._tokenizer_digest,
-            "eos_id": self._eos_id,
-            **self._bos,
-            "num_tokens": self.num_tokens,
-            "num_documents": self.num_documents,
-            "num_bytes": self.num_bytes,
-            "max_id": self._max_id,
-            "block_bytes": BLOCK_BYTES,
-            "blocks_sha256": self._blocks,
-            "idx_sha256": self._idx_hash.hexdigest(),
-        }
-        metadata["sha256"] = _sha256_of(metadata)
-        with self.clean_failure():
-            self._files.append(self._partial[2].open("xb"))
-            self._files[2].write(json.dumps(metadata, indent=1).encode())
-            for file in self._files:
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
-        return metadata
-
-    def abort(self) -> None:
-        """Remove everything written so far, unless it was committed."""
-        for file in self._files:
-            with contextlib.suppress(OSError):  # a full disk fails the flush in close() once more
-                file.close()
-        torn = files_of(self.prefix) if self._is_replacing else ()
-        for path in (*torn, *self._partial):
-            with contextlib.suppress(OSError):  # such as a folder that turned out to be a file
-                path.unlink()
-        self._lock.close()
-
-    def __enter__(self) -> DatasetWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is None:
-            self.commit()
-        else:
-            self.abort()
-
-    @contextlib.contextmanager
-    def clean_failure(self) -> Iterator[None]:
-        """Turn a failing disk inside into a DataError, and remove what was written."""
-        try:
-            yield
-        except OSError as error:
-            self.abort()
-            raise DataError(
-                f"{self.prefix}.bin could not be written ({error.strerror}) and was removed; make room, or choose "
-                "another place, and run it again"
-            ) from error
-
-    def _hash_blocks(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            part = view[: BLOCK_BYTES - self._block_filled]
-            self._block_hash.update(part)
-            self._block_filled += len(part)
-            if self._block_filled == BLOCK_BYTES:
-                self._close_block()
-            view = view[len(part) :]
-
-    def _close_block(self) -> None:
-        self._blocks.append(self._block_hash.hexdigest())
-        self._block_hash, self._block_filled = hashlib.sha256(), 0
-
-
-def commit(*writers: DatasetWriter, obsolete: Path | None = None) -> list[dict[str, Any]]:
-    """Make the parts of one text visible together, and remove the dataset at `obsolete`; returns their metadata.
-
-    At no time, not even after a kill, can one of them be opened beside an older version of another.
-    """
-    try:
-        metadata = [writer._seal() for writer in writers]
-        with writers[0].clean_failure():
-            for writer in writers:
-                writer._is_replacing = True
-                files_of(writer.prefix)[2].unlink(missing_ok=True)
-            for path in files_of(obsolete) if obsolete else ():  # the .json last, which marks the rest as ours
-                path.unlink(missing_ok=True)
-            for writer in reversed(writers):
-                for partial, path in zip(writer._partial, files_of(writer.prefix), strict=True):
-                    partial.rename(path)
-            sync(writers[0].prefix.parent)
-    except BaseException:
-        for writer in writers:
-            writer.abort()
-        raise
-    for writer in writers:
-        writer._is_replacing = False
-        writer._lock.close()
-    return metadata
-
-
 def check_same_tokenizer(a: TokenDataset, b: TokenDataset) -> None:
     """DataError if both record a tokenizer and they differ: their ids mean different text."""
     if None not in (digests := (a.tokenizer_digest, b.tokenizer_digest)) and digests[0] != digests[1]:
@@ -585,118 +395,6 @@ def check_same_tokenizer(a: TokenDataset, b: TokenDataset) -> None:
             f"{a.path} and {b.path} come from different tokenizers (digests {first}… and {second}…): their ids cannot "
             "be compared; prepare both with the same tokenizer"
         )
-
-
-def base_prefix(path: Path) -> Path:
-    """The PREFIX of PREFIX, PREFIX.bin, PREFIX.idx or PREFIX.json."""
-    return path.with_suffix("") if path.suffix in (".bin", ".idx", ".json") else path
-
-
-def files_of(prefix: Path) -> tuple[Path, Path, Path]:
-    """The three files of a dataset: ids, document ends, metadata."""
-    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
-
-
-def _partial(prefix: Path) -> list[Path]:
-    """The names of the three files while they are written, unique to this program."""
-    return [path.with_name(f".{path.name}.spt-fast.tmp") for path in files_of(prefix)]
-
-
-def _is_ours(json_path: Path) -> bool:
-    """Whether the beginning of the file says that it describes a dataset of ours."""
-    if not json_path.is_file():
-        return False
-    with json_path.open("rb") as file:
-        return FORMAT.encode() in file.read(256)
-
-
-def _refuse_foreign(prefix: Path) -> None:
-    """DataError if writing to `prefix` would replace a file that isn't part of a dataset of ours."""
-    there = [str(path) for path in files_of(prefix) if os.path.lexists(path)]
-    if there and not _is_ours(files_of(prefix)[2]) and not _is_torn(prefix):
-        raise DataError(
-            f"{', '.join(there)} would be overwritten, and is not a whole dataset of this program; "
-            "move it away or choose another prefix"
-        )
-
-
-def _is_torn(prefix: Path) -> bool:
-    """Whether a commit was killed there: the .json is moved last, after it was complete under its temporary name."""
-    return not os.path.lexists(files_of(prefix)[2]) and _is_ours(_partial(prefix)[2])
-
-
-def _remove_leftovers(prefix: Path) -> None:
-    """Remove the files of a killed writer. The temporary .json, which marks a torn commit, goes last."""
-    torn = files_of(prefix)[:2] if _is_torn(prefix) else ()
-    for path in (*torn, *_partial(prefix)):
-        path.unlink(missing_ok=True)
-
-
-def part_of(prefix: Path) -> str | None:
-    """Which part of its text a dataset of ours is: "whole", "train", "heldout"; "unknown" from an earlier version; None
-    if there is no dataset."""
-    metadata = _read_metadata(files_of(prefix)[2])
-    return None if metadata is None else str(metadata.get("part", "unknown"))
-
-
-def datasets_in(folder: Path) -> dict[str, str | None]:
-    """The datasets of ours in a folder, with their tokenizers' digests."""
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        with contextlib.suppress(DataError):
-            if metadata := _read_metadata(path):
-                found[path.stem] = metadata["tokenizer_digest"]
-    return found
-
-
-def _read_metadata(path: Path) -> dict[str, Any] | None:
-    """The metadata in `path`; None if there is no such file, or it belongs to another program. DataError if damaged."""
-    if not _is_ours(path):
-        return None
-    try:
-        metadata = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is damaged: it isn't JSON ({error}); copy or prepare the dataset again") from error
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise DataError(f"{path}: is damaged or was edited: it isn't a dataset's metadata; prepare it again")
-    if metadata.get("version") != VERSION:
-        raise DataError(f"{path} has format version {metadata.get('version')!r}; this program reads {VERSION}")
-    stored = metadata.pop("sha256", None)
-    if stored != _sha256_of(metadata):
-        raise DataError(f"{path}: is damaged or was edited: its content doesn't match its own sha256; prepare it again")
-    for field, is_right in _FIELDS.items():
-        if field not in metadata or not is_right(metadata[field]):
-            found = repr(metadata.get(field, "missing"))
-            raise DataError(f"{path} was edited: its {field} is {found:.60}; prepare the dataset again")
-    return metadata
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_optional_count(value: object) -> bool:
-    return value is None or _is_count(value)
-
-
-_FIELDS: dict[str, Callable[[Any], bool]] = {
-    "dtype": lambda value: value in formats.ID_DTYPES,
-    "vocab_size": _is_count,
-    "tokenizer_digest": lambda value: value is None or isinstance(value, str),
-    "eos_id": _is_optional_count,
-    "num_tokens": _is_count,
-    "num_documents": _is_count,
-    "num_bytes": _is_count,
-    "max_id": _is_optional_count,
-    "block_bytes": lambda value: _is_count(value) and value > 0,
-    "blocks_sha256": lambda value: isinstance(value, list) and all(isinstance(block, str) for block in value),
-    "idx_sha256": lambda value: isinstance(value, str),
-}
-"""The fields that `DatasetWriter.commit` writes besides format and version, and a check of each."""
-
-
-def _sha256_of(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256_of_stretch(path: Path, start: int, num_bytes: int) -> str:

@@ -27,6 +27,7 @@ import tiktoken
 
 from spt_fast.data import hf_tokenizer
 from spt_fast.data.base_tokenizer import MOST_IDS, BaseTokenizer, byte_letters, encode_ordinary, pieces, rank_lines
+from spt_fast.data.dataset_files import datasets_in
 from spt_fast.data.hf_tokenizer import HF_FILE, HFTokenizer
 from spt_fast.data.text import STDIN, Inputs, find_files, iter_documents
 from spt_fast.errors import DataError, TooFewPieces, invalid, nearest
@@ -302,8 +303,6 @@ def train_tokenizer(
 
 def _check_unused(out: Path, new: Tokenizer) -> None:
     """DataError if datasets beside the tokenizer at `out` use it, and `new` is another one."""
-    from spt_fast.data.shards import datasets_in
-
     if not out.exists() or out.stat().st_size == 0:
         return
     old = Tokenizer.from_bytes(out.read_bytes(), str(out)).digest

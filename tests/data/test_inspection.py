@@ -79,7 +79,7 @@ def test_inspect_of_a_foreign_format(tmp_path: Path) -> None:
 
 
 def test_verify_counts_the_hashes_and_finds_the_largest_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "BLOCK_BYTES", 64)
+    monkeypatch.setattr("spt_fast.data.writer.BLOCK_BYTES", 64)
     monkeypatch.setattr(inspection, "_STRETCH", 50)  # the scan crosses stretches
     documents = random_documents(1, 9)
     documents[4][0] = 29_998

@@ -20,8 +20,9 @@ import pytest
 
 from spt_fast.data import prepare as module
 from spt_fast.data import split, workers
+from spt_fast.data.dataset_files import sha256_of
 from spt_fast.data.prepare import prepare
-from spt_fast.data.shards import TokenDataset, _sha256_of
+from spt_fast.data.shards import TokenDataset
 from spt_fast.data.text import Chunk, iter_documents
 from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer, train_tokenizer
 from spt_fast.data.workers import AHEAD_BYTES, EncoderPool, Settings, TextBatch
@@ -443,6 +444,6 @@ def test_an_older_held_out_part_never_outlives_its_training_part(tmp_path: Path,
     assert len(read(tmp_path / "d.heldout")) == 200
     metadata = json.loads((tmp_path / "d.heldout.json").read_text())
     del metadata["part"], metadata["sha256"]  # as an earlier version wrote it
-    (tmp_path / "d.heldout.json").write_text(json.dumps(metadata | {"sha256": _sha256_of(metadata)}))
+    (tmp_path / "d.heldout.json").write_text(json.dumps(metadata | {"sha256": sha256_of(metadata)}))
     with pytest.raises(DataError, match=r"out: .*d.heldout may be the held-out part of an older .*delete it or move"):
         prepare(tmp_path / "a.jsonl", tmp_path / "d", tokenizer, progress=False)

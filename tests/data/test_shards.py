@@ -18,7 +18,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spt_fast.data import shards
 from spt_fast.data.shards import DatasetWriter, TokenDataset, commit
 from spt_fast.errors import DataError
 from spt_fast.locks import InUse
@@ -122,7 +121,7 @@ def test_any_documents_in_any_batches_over_any_blocks(
     folder = tmp_path_factory.mktemp("d")
     bounds = [0, *sorted(min(cut, len(documents)) for cut in cuts), len(documents)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "BLOCK_BYTES", 4 * block)
+        patch.setattr("spt_fast.data.writer.BLOCK_BYTES", 4 * block)
         with DatasetWriter(folder / "d", vocab_size=70_001, eos_id=None, tokenizer_digest=None) as writer:
             for first, last in itertools.pairwise(bounds):
                 batch = documents[first:last]
@@ -140,7 +139,7 @@ def test_any_documents_in_any_batches_over_any_blocks(
 
 
 def test_every_blocks_bit_flip_is_found_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "BLOCK_BYTES", 16)
+    monkeypatch.setattr("spt_fast.data.writer.BLOCK_BYTES", 16)
     write(tmp_path / "d", [list(range(20)), list(range(15))])  # 70 bytes: four blocks of 16 and one of 6
     whole = (tmp_path / "d.bin").read_bytes()
     for byte in range(len(whole)):

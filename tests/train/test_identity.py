@@ -16,7 +16,6 @@ import pytest
 
 import spt_fast as spt
 from spt_fast.config import recipe_from
-from spt_fast.data import shards
 from spt_fast.data.heldout import begins
 from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.data.shards import TokenDataset
@@ -133,7 +132,7 @@ def test_a_run_continues_with_its_data_at_another_path_and_refuses_other_data_at
 def test_a_quick_check_hashes_some_blocks_and_says_what_it_did_not_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "BLOCK_BYTES", 200)
+    monkeypatch.setattr("spt_fast.data.writer.BLOCK_BYTES", 200)
     raw = raw_recipe(tmp_path)
     plan = make_plan(recipe_from(raw))
     data = plan.texts["sources.general.train"]
