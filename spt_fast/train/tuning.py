@@ -91,28 +91,32 @@ def choose(
 ) -> Choices:
     """For a run that starts or resumes (`before`). say: reports what takes time; without it, as in a dry run, no op is
     measured and nothing is recorded."""
+    if say is not None and before is not None:
+        return _kept(plan, device, processes, before, say)
     alone = device.type == "cpu" and processes == 1
-    if say is None:
-        threads = _take_threads(plan.model, plan.recipe.precision, *_batch(plan, processes)) if alone else None
-        precision = precision_of(plan.recipe, device, plan.model)
-        return Choices(precision, known(asked_by(plan, precision, device, processes)), threads)
-    if before is not None:
-        precision = begin_or_keep(plan.recipe, device, plan.model, before)
-        kept = before.measured.get("threads") if alone and not os.environ.get("OMP_NUM_THREADS") else None
-        threads = min(kept, USUAL) if kept else None  # this machine may have fewer cores
-        asked = asked_by(plan, precision, device, processes)
-        faults, kernels = _faults(plan, precision, device), _renamed(before.measured.get("kernels", {}), asked)
-        if device.type == "cuda":
-            kernels = without_unfit(kernels, asked, say)
-        return Choices(precision, kernels, threads, faults)
     threads = _take_threads(plan.model, plan.recipe.precision, *_batch(plan, processes)) if alone else None
-    precision = begin_or_keep(plan.recipe, device, plan.model, None)
+    precision = precision_of(plan.recipe, device, plan.model, record=say is not None)
     asked = asked_by(plan, precision, device, processes)
     found = known(asked)
+    if say is None:
+        return Choices(precision, found, threads)
     if device.type == "cuda" and plan.recipe.engine.tune_kernels and len(found) < len(asked):
         say(f"timing kernels for this GPU and these shapes, once, up to {AT_START_S:.0f} s (engine.tune_kernels)")
         found = tune(asked, seconds=AT_START_S, say=say, stop=stop)
     return Choices(precision, found, threads, _faults(plan, precision, device))
+
+
+def _kept(plan: Plan, device: torch.device, processes: int, before: Compute, say: Callable[[str], object]) -> Choices:
+    """The choices of a resumed run, as far as this machine can follow them."""
+    precision = begin_or_keep(plan.recipe, device, plan.model, before)
+    alone = device.type == "cpu" and processes == 1 and not os.environ.get("OMP_NUM_THREADS")
+    threads = before.measured.get("threads") if alone else None
+    asked = asked_by(plan, precision, device, processes)
+    kernels = _renamed(before.measured.get("kernels", {}), asked)
+    faults = _faults(plan, precision, device)
+    if device.type == "cuda":
+        kernels = without_unfit(kernels, asked, say)
+    return Choices(precision, kernels, min(threads, USUAL) if threads else None, faults)  # there may be fewer cores
 
 
 def _renamed(records: Records, asked: Sequence[Question]) -> Records:
