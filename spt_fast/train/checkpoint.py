@@ -225,17 +225,8 @@ def read(path: Path) -> dict[str, Any]:
         if "state.json" not in manifest["files"]:
             raise CheckpointError(f"{path}: manifest.json lists no state.json")
         for name, facts in manifest["files"].items():
-            if Path(name).name != name:
-                raise CheckpointError(f"{path}: manifest.json lists {name!r}, which is outside this folder")
-            file = path / name
-            if not file.exists():
-                raise CheckpointError(f"{path}: {name} is missing")
-            if file.stat().st_size != facts["bytes"]:
-                raise CheckpointError(
-                    f"{path}: {name} has {counted(file.stat().st_size, 'byte')} instead of {facts['bytes']}"
-                )
-            if _sha256(file) != facts["sha256"]:
-                raise CheckpointError(f"{path}: {name} does not match its hash")
+            if damage := _damage(path, name, facts):
+                raise CheckpointError(f"{path}: {damage}")
         unlisted = {file.name for file in path.glob("*.safetensors")} - set(manifest["files"])
         if unlisted:
             raise CheckpointError(f"{path}: {min(unlisted)} does not belong to this checkpoint")
@@ -244,6 +235,18 @@ def read(path: Path) -> dict[str, Any]:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not a whole checkpoint ({cut(repr(error), 200)})") from error
+
+
+def _damage(folder: Path, name: str, facts: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file that the manifest lists."""
+    if Path(name).name != name:
+        return f"manifest.json lists {name!r}, which is outside this folder"
+    file = folder / name
+    if not file.exists():
+        return f"{name} is missing"
+    if (size := file.stat().st_size) != facts["bytes"]:
+        return f"{name} has {counted(size, 'byte')} instead of {facts['bytes']}"
+    return None if _sha256(file) == facts["sha256"] else f"{name} does not match its hash"
 
 
 def load(path: Path, world: World = ALONE) -> dict[str, Snapshot]:
