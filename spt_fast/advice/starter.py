@@ -43,9 +43,9 @@ from spt_fast.advice.sizing import (
 )
 from spt_fast.config import recipe_from
 from spt_fast.data.base_tokenizer import BaseTokenizer
+from spt_fast.data.inputs import find_files
 from spt_fast.data.prepare import Prepared, heldout_prefix, prepare
 from spt_fast.data.shards import TokenDataset
-from spt_fast.data.text import find_files
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
 from spt_fast.errors import DataError, MissingKey, RecipeError, SptWarning, TooFewPieces, counted, invalid
 from spt_fast.fields import parse_yaml

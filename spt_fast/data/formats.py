@@ -24,7 +24,7 @@ from tokenize import TokenError
 
 import numpy as np
 
-from spt_fast.data.text import is_text
+from spt_fast.data.inputs import is_text
 from spt_fast.errors import DataError, counted, cut, invalid
 from spt_fast.files import looked_in
 

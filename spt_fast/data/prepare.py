@@ -22,8 +22,9 @@ from pathlib import Path
 from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.dataset_files import base_prefix, part_of
 from spt_fast.data.hf_tokenizer import HFTokenizer
+from spt_fast.data.inputs import Inputs
 from spt_fast.data.split import Split
-from spt_fast.data.text import Chunk, Inputs, TextReader, parse
+from spt_fast.data.text import Chunk, TextReader, parse
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.data.workers import Encoded, EncoderPool, Settings, TextBatch
 from spt_fast.data.writer import DatasetWriter, commit

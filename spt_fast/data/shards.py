@@ -23,8 +23,8 @@ import numpy as np
 
 from spt_fast.data import formats
 from spt_fast.data.dataset_files import BLOCK_BYTES, END_DTYPE, base_prefix, files_of, read_metadata, sha256_of
+from spt_fast.data.inputs import HELD_OUT
 from spt_fast.data.joined import JoinedTokens
-from spt_fast.data.text import HELD_OUT
 from spt_fast.errors import DataError, SptWarning, counted, cut, invalid
 from spt_fast.files import place
 

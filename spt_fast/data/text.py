@@ -9,8 +9,7 @@ into chunks of whole documents and holds at most one document and one block; `pa
   temporary file first.
 - .txt: one file is one document, except that a file over 8 MiB is cut, at the last blank line before each 8 MiB (or
   else line end, or space), into several: a document has to fit into memory.
-- A folder stands for every such file below it, sorted by path. Ignored items are counted and named: other and hidden
-  files, links to folders, and a text that is there twice, such as a.jsonl and a.jsonl.gz.
+- Folders: see `spt_fast.data.inputs`.
 
 A byte-order mark at the start of a file is dropped. Otherwise text is taken as it is. A small file may decode to much
 more than memory holds: compressed, as a Parquet dictionary, as nested JSON. Each is decoded only as far as a document
@@ -27,21 +26,24 @@ import os
 import re
 import sys
 import tempfile
-import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from spt_fast.data.inputs import STDIN, Inputs, find_files, is_pipe, known_names, split_name
 from spt_fast.data.parquet_pages import rows_per_block
-from spt_fast.errors import DataError, MissingKey, SptWarning, invalid, shown_key, shown_path
+from spt_fast.errors import DataError, MissingKey, shown_key
 
-Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+# isort: split
+# These names were here before.
+from spt_fast.data.inputs import HELD_OUT as HELD_OUT
+from spt_fast.data.inputs import Found as Found
+from spt_fast.data.inputs import is_text as is_text
 
-STDIN = Path("-")
 TXT_BYTES = 8 << 20  # a longer .txt is more than one document
 LINE_BYTES = 128 << 20  # a longer line isn't JSON Lines
 
@@ -49,13 +51,7 @@ _BLOCK_BYTES = 1 << 20
 XZ_MEMORY_BYTES = 256 << 20
 STRUCTURE_BYTES = 1 << 30  # limit for the memory of a long line's JSON, besides its text
 
-HELD_OUT = re.compile(r"(?:^|[._-])(?:heldout|valid|validation|val|test|dev|eval)(?=[._-]|$)", re.IGNORECASE)
-"""Matches the names that people give to files of text that is not trained on."""
-
-_FORMATS = (".jsonl", ".ndjson", ".txt", ".parquet")
-_COMPRESSIONS = ("", ".gz", ".zst", ".xz", ".bz2")
 _LONG_LINE_BYTES = 16 << 20
-_NAMED = 5  # of the ignored files
 _BOM = b"\xef\xbb\xbf"
 _HEAD_BYTES = 10
 _PACKED = {
@@ -86,14 +82,6 @@ class Chunk:
     lengths: list[int] | None = None
 
 
-@dataclass(frozen=True)
-class Found:
-    """The files that inputs stand for, in reading order, and those that are ignored, by reason."""
-
-    files: list[Path]
-    passed_over: dict[str, list[Path]]
-
-
 class TextReader:
     """Iterates over the chunks of `inputs`, in order, and reports its progress.
 
@@ -108,7 +96,7 @@ class TextReader:
     def __init__(self, inputs: Inputs, text_key: str = "text", *, skip_bad: bool = False) -> None:
         found = find_files(inputs)
         self.files = found.files
-        self.total_bytes = None if any(map(_is_pipe, self.files)) else sum(path.stat().st_size for path in self.files)
+        self.total_bytes = None if any(map(is_pipe, self.files)) else sum(path.stat().st_size for path in self.files)
         self.read_bytes = 0
         self.skipped = Counter({why: len(paths) for why, paths in found.passed_over.items()})
         self._text_key, self._skip_bad = text_key, skip_bad
@@ -124,12 +112,12 @@ class TextReader:
             self.skipped["empty file"] += empty
 
     def _chunks(self, path: Path) -> Iterator[Chunk]:
-        if _is_pipe(path):
+        if is_pipe(path):
             with nullcontext(_standard_input()) if path == STDIN else _open(path, "") as pipe:
                 yield from self._jsonl_chunks(self._blocks(pipe, path), _name(path))
             return
         before = self.read_bytes
-        stem, compression = _split_name(path)
+        stem, compression = split_name(path)
         with _open(path, compression) as file:
             stream = _decompressed(file, compression)
             if stem.endswith(".parquet"):
@@ -236,107 +224,6 @@ class TextReader:
                 run_bytes += length
         if run:
             yield start, run
-
-
-def find_files(inputs: Inputs) -> Found:
-    """The files that `inputs` (paths, folders, "-") stand for. Warns of ignored ones; DataError for missing ones."""
-    files: list[Path] = []
-    passed_over: dict[str, list[Path]] = {}
-    for given in [inputs] if isinstance(inputs, str | os.PathLike) else inputs:
-        path = Path(given)
-        if not os.fspath(given):
-            raise DataError(
-                invalid("inputs", given, "name files or folders; . is the working directory"), argument=True
-            )
-        exists = path == STDIN or os.path.exists(path)  # False too for text in place of a path
-        if exists and (_is_pipe(path) or path.is_file()):
-            _split_name(path)
-            files.append(path)
-        elif exists and path.is_dir():
-            found = _files_in(path, passed_over)
-            if not found:
-                said = f"; {_listed(passed_over)}" if passed_over else ""
-                raise DataError(
-                    f"{path}: holds no {_known_names()} file{said}; rename files of plain text to end in .txt"
-                )
-            _say_held_out(path, found)
-            files += found
-        else:
-            raise DataError(f"{shown_path(path)} doesn't exist; give files, folders, or - for standard input")
-    if not files:
-        raise DataError("no input given; give files, folders, or - for standard input")
-    if passed_over:
-        warnings.warn(f"input: {_listed(passed_over)}", SptWarning, stacklevel=1)  # not again for another caller
-    texts = Counter(text for path in files for text in _texts_of(path))
-    if again := sorted({path.name for path in files if any(texts[text] > 1 for text in _texts_of(path))}):
-        warnings.warn(f"input: the same text is read more than once: {_few(again)}", SptWarning, stacklevel=1)
-    return Found(files, passed_over)
-
-
-def _files_in(folder: Path, passed_over: dict[str, list[Path]]) -> list[Path]:
-    files: list[Path] = []
-    texts: set[object] = set()
-    closed: list[Path] = []
-    below = [
-        Path(parent, name)
-        for parent, folders, names in os.walk(folder, onerror=lambda error: closed.append(Path(error.filename)))
-        for name in (*folders, *names)
-    ]
-    for path in sorted(below):
-        why = "folder that can't be read" if path in closed else _not_read(path, folder)
-        if why is None and path.is_file() and is_text(path):
-            if texts.isdisjoint(_texts_of(path)):
-                files.append(path)
-            else:
-                why = "same text twice"
-            texts.update(_texts_of(path))
-        if why:
-            passed_over.setdefault(why, []).append(path)
-    if folder in closed:
-        raise DataError(f"{folder} can't be read; give this user permission to list it")
-    return files
-
-
-def _say_held_out(folder: Path, files: list[Path]) -> None:
-    """Warn of a folder that holds, beside other text, files or folders named as those that are not trained on."""
-    names = [path.relative_to(folder) for path in files]
-    apart = [str(name) for name in names if any(map(HELD_OUT.search, name.parts))]
-    if 0 < len(apart) < len(files):
-        warnings.warn(
-            f"input: {folder} holds {_few(apart)}, which by name is held out, and it is read with the rest; name the "
-            "files to read if it should stay out",
-            SptWarning,
-            stacklevel=1,
-        )
-
-
-def _texts_of(path: Path) -> list[object]:
-    """Identifies a file: one key is the same for links to it and for the file compressed, one for hard links to it;
-    empty for a pipe."""
-    if _is_pipe(path):
-        return []
-    status = path.stat()
-    return [os.path.realpath(path).removesuffix(_split_name(path)[1]), (status.st_dev, status.st_ino)]
-
-
-def _not_read(path: Path, folder: Path) -> str | None:
-    """Why an item of a folder isn't read; None if it is, or is a folder, or hidden and no text."""
-    if any(part.startswith(".") for part in path.relative_to(folder).parts):
-        return "hidden file" if path.is_file() and is_text(path) else None
-    if path.is_dir():
-        return "link to a folder" if path.is_symlink() else None
-    if not path.is_file():
-        return "broken link" if path.is_symlink() else "not a file"
-    return None if is_text(path) else "other file"
-
-
-def _listed(passed_over: Mapping[str, list[Path]]) -> str:
-    kinds = [f"{len(p)} × {why} ({_few([path.name for path in p])})" for why, p in passed_over.items()]
-    return f"ignored: {'; '.join(kinds)}"
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
 
 
 def parse(
@@ -564,41 +451,6 @@ def _pyarrow(path: Path) -> Any:
     return pyarrow
 
 
-def _split_name(path: Path) -> tuple[str, str]:
-    """File name without its compression, and the compression. Raises DataError for an unknown format."""
-    name = path.name.lower()
-    compression = next((ending for ending in _COMPRESSIONS[1:] if name.endswith(ending)), "")
-    stem = name.removesuffix(compression)
-    if not _is_pipe(path) and not stem.endswith(_FORMATS):
-        raise DataError(
-            f"{path}: is not a {_known_names()} file; rename it if it is one under another name (plain text to .txt, a "
-            f".json with one object per line to .jsonl), or write its rows as JSON Lines{_how_to_convert(stem)}"
-        )
-    return stem, compression
-
-
-def _how_to_convert(name: str) -> str:
-    """For tables that pandas reads."""
-    reader = {".csv": "read_csv", ".tsv": "read_table", ".json": "read_json", ".xlsx": "read_excel"}
-    known = reader.get(Path(name).suffix)
-    return f" (pandas.{known}(…).to_json(…, orient='records', lines=True))" if known else ""
-
-
-def is_text(path: Path) -> bool:
-    """Whether it is named as a file of documents."""
-    return path.name.lower().endswith(tuple(form + packed for form in _FORMATS for packed in _COMPRESSIONS))
-
-
-def _is_pipe(path: Path) -> bool:
-    """Standard input, a named pipe, or a shell's `<(command)`."""
-    is_descriptor = path == Path("/dev/stdin") or path.parent in (Path("/dev/fd"), Path("/proc/self/fd"))
-    return path == STDIN or path.is_fifo() or path.is_char_device() or (is_descriptor and path.exists())
-
-
-def _known_names() -> str:
-    return f"{', '.join(_FORMATS)} (plain, {', '.join(_COMPRESSIONS[1:])})"
-
-
 def _refuse_packed(head: bytes, path: Path) -> None:
     """DataError if a file that should be text is packed, or only says where the text is."""
     if head.startswith(b"version https://git-lfs"):
@@ -607,7 +459,7 @@ def _refuse_packed(head: bytes, path: Path) -> None:
         if re.match(begins, head, re.DOTALL):
             raise DataError(
                 f"{_name(path)}: holds no text but {what}; unpack it first, or rename the file to match "
-                f"({_known_names()})"
+                f"({known_names()})"
             )
 
 

@@ -29,7 +29,8 @@ from spt_fast.data import hf_tokenizer
 from spt_fast.data.base_tokenizer import MOST_IDS, BaseTokenizer, byte_letters, encode_ordinary, pieces, rank_lines
 from spt_fast.data.dataset_files import datasets_in
 from spt_fast.data.hf_tokenizer import HF_FILE, HFTokenizer
-from spt_fast.data.text import STDIN, Inputs, find_files, iter_documents
+from spt_fast.data.inputs import STDIN, Inputs, find_files
+from spt_fast.data.text import iter_documents
 from spt_fast.errors import DataError, TooFewPieces, invalid, nearest
 from spt_fast.files import download, looked_in, place, replacing
 from spt_fast.outputs import check_output, is_tokenizer

@@ -24,12 +24,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from spt_fast.data.inputs import COMPRESSIONS
 from spt_fast.data.text import TextReader
 from spt_fast.errors import DataError, invalid, shown_key
 from spt_fast.evaluation.likelihood import TextModel
 
 TEMPLATE = "Question: {}\nAnswer:"
-FILES = tuple(form + packed for form in (".jsonl", ".ndjson") for packed in ("", ".gz", ".zst", ".xz", ".bz2"))
+FILES = tuple(form + packed for form in (".jsonl", ".ndjson") for packed in COMPRESSIONS)
 
 
 class Question(NamedTuple):

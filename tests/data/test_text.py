@@ -21,7 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spt_fast.data import parquet_pages, text
-from spt_fast.data.text import TextReader, find_files, iter_documents, parse
+from spt_fast.data.inputs import find_files, is_pipe
+from spt_fast.data.text import TextReader, iter_documents, parse
 from spt_fast.errors import DataError, MissingKey, SptWarning
 
 DOCUMENTS = ["one\ntwo  \n", "naïve 日本語 😀", 'say "hi"\\\t\u2028', " ", "x" * 5000]
@@ -233,8 +234,8 @@ def test_a_compressed_file_under_another_name_is_refused(tmp_path: Path, monkeyp
 def test_only_devices_and_descriptors_below_dev_are_pipes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "exists", lambda path: True)
     for name in ("-", "/dev/stdin", "/dev/fd/9", "/dev/null"):
-        assert text._is_pipe(Path(name)), name
-    assert not text._is_pipe(Path("/dev/shm/a.jsonl.gz"))
+        assert is_pipe(Path(name)), name
+    assert not is_pipe(Path("/dev/shm/a.jsonl.gz"))
 
 
 def test_a_line_that_is_too_long_can_be_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
