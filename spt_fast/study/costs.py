@@ -61,10 +61,7 @@ class StudyPrice:
 
     @property
     def total(self) -> Cost:
-        runs, done, tokens, flops = (
-            sum(getattr(cost, name) for cost in self.stages) for name in ("runs", "done", "tokens", "flops")
-        )
-        return Cost("total", runs, done, tokens, flops, _sum([cost.hours for cost in self.stages]))
+        return _total("total", self.stages)
 
     @property
     def cost(self) -> float | None:
@@ -75,6 +72,11 @@ class StudyPrice:
         total = {name: figure for name, figure in vars(self.total).items() if name != "stage"}
         times = {"wall_hours": self.wall_hours, "speed_from": self.speed_from}
         return {"stages": self.stages, "total": total, "jobs": self.jobs, **times, "cost": self.cost}
+
+
+def _total(name: str, costs: Sequence[Cost]) -> Cost:
+    runs, done, tokens, flops = (sum(getattr(cost, of) for cost in costs) for of in ("runs", "done", "tokens", "flops"))
+    return Cost(name, runs, done, tokens, flops, _sum([cost.hours for cost in costs]))
 
 
 def _sum(hours: Sequence[float | None]) -> float | None:
@@ -114,31 +116,32 @@ def _priced(
             plans[run.name] = make_plan(without_parent(run))
     done = {run.name for run in runs if is_done(run.recipe)}
     speeds: dict[object, Speed] = {}
-    found, chains = [], dict[str, float | None]()
-    for position, stage in enumerate(study.stages):
-        tokens, flops, hours = 0, 0.0, list[float | None]()
-        of_stage = [run for run in runs if run.stage == position]
-        left = [run for run in of_stage if run.name not in done]
-        for run in left:
-            if run.made_by and run.made_by not in done:
-                chains[run.name] = chains.get(run.made_by, 0.0)
-                continue
+    chains: dict[str, float | None] = {}
+    costs: list[list[Cost]] = [[] for _ in study.stages]
+    for run in runs:
+        stage, cost = study.stages[run.stage], Cost(run.name, 1, run.name in done, 0, 0.0, 0.0)
+        if run.name not in done and run.made_by and run.made_by not in done:
+            chains[run.name] = chains.get(run.made_by, 0.0)
+        elif run.name not in done:
             if run.model not in speeds:
                 finished = [other for other in runs if other.model == run.model and other.name in done]
                 with naming_stage(stage):
                     speeds[run.model] = _speed(plans[run.name], finished, jobs=jobs, gpu=gpu, mfu=mfu)
-            plan, own = plans[run.name], list[float | None]()
-            for index in range(len(plan.phases)):
-                time = phase_time(plan, index, speeds[run.model])
-                tokens += time.tokens
-                flops += time.tokens * plan.flops_per_token(index) + time.evaluation_flops
-                own += [time.hours, time.evaluation_hours or 0.0]
-            hours += own
-            chains[run.name] = _sum([*own, chains.get(run.after or "", 0.0)])
-        found.append(Cost(stage.axes.name, len(of_stage), len(of_stage) - len(left), tokens, flops, _sum(hours)))
+            cost = _cost(run.name, plans[run.name], speeds[run.model])
+            chains[run.name] = _sum([cost.hours, chains.get(run.after or "", 0.0)])
+        costs[run.stage].append(cost)
+    found = [_total(stage.axes.name, of_stage) for stage, of_stage in zip(study.stages, costs, strict=True)]
     known = [hours for hours in chains.values() if hours is not None]
     longest_hours = max(known, default=0.0) if len(known) == len(chains) else None
     return found, longest_hours, list(dict.fromkeys(speed.source for speed in speeds.values()))
+
+
+def _cost(name: str, plan: Plan, speed: Speed) -> Cost:
+    """The cost of a run that is still to be trained."""
+    times = [phase_time(plan, index, speed) for index in range(len(plan.phases))]
+    flops = [time.tokens * plan.flops_per_token(i) + time.evaluation_flops for i, time in enumerate(times)]
+    hours = [part for time in times for part in (time.hours, time.evaluation_hours or 0.0)]
+    return Cost(name, 1, 0, sum(time.tokens for time in times), sum(flops, 0.0), _sum(hours))
 
 
 def _speed(plan: Plan, finished: Sequence[PlannedRun], *, jobs: int, gpu: str | None, mfu: float | None) -> Speed:
