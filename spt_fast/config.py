@@ -352,8 +352,8 @@ class Engine:
     """Activation checkpointing: what the backward pass recomputes to save memory. selective: all but matmuls and
     attention; full: whole blocks, for about a third more time. It does not change results."""
     cuda_graphs: bool | str = setting(_auto_or_boolean, "auto")
-    """On one GPU, record a step as a CUDA graph and replay it: small models are bound by kernel launches. auto: if a
-    step is short and memory allows it."""
+    """On one GPU, record a step as a CUDA graph and replay it, since small models are launch-bound. auto: if a step is
+    short and memory allows it."""
     fp8: bool = setting(boolean, False)
     """Train the blocks' layers that are at least 2,048 wide both ways in fp8, on GPUs from compute capability 8.9 on (a
     CPU emulates it, slowly). It changes what is computed, so a resumed run keeps its setting."""

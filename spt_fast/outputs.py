@@ -53,7 +53,7 @@ def check_folder(folder: Path, argument: str) -> None:
 
 
 def run_around(file: Path) -> Path | None:
-    """The run that a file would be among the own files of."""
+    """The run whose own files a file would be among; None for a file outside of runs."""
     for folder in file.absolute().parents:
         inside = folder == file.absolute().parent or file.absolute().relative_to(folder).parts[0] in RUN_FOLDERS
         if inside and (folder / "recipe.yaml").exists() and (folder / "checkpoints").is_dir():

@@ -84,8 +84,8 @@ def _as_sentence(message: Warning | str, category: type[Warning], *where: Any, *
 
 
 class Lasting:
-    """Standard output or error of which no write fails: a run does not end because its terminal was closed, or because
-    nothing reads its pipe any more. What comes after that goes nowhere, also what libraries write."""
+    """Standard output or error whose writes never fail: a run does not end because its terminal was closed, or because
+    nothing reads its pipe any more. Later output is dropped, that of libraries too."""
 
     def __init__(self, name: str) -> None:
         """name: "stdout" or "stderr"."""

@@ -457,7 +457,7 @@ def compare_finetunes(runs: Sequence[Finetune]) -> Comparison:
 
 
 def _by_budget(runs: Iterable[Finetune]) -> dict[int, Arms]:
-    """The runs by budget, treatment and seed, each ascending. RecipeError if two runs have the same of all three."""
+    """The runs by budget, treatment and seed, each ascending. RecipeError if two runs agree in all three."""
     budgets: dict[int, Arms] = {}
     for run in sorted(runs, key=lambda run: (run.tokens, run.treatment, run.seed)):
         same = budgets.setdefault(run.tokens, {}).setdefault(run.treatment, {}).setdefault(run.seed, run)

@@ -49,7 +49,7 @@ class StudyPrice:
     """Runs at a time."""
     per_gpu_hour: float | None
     longest_hours: float | None
-    """Time of the longest chain of runs of which each starts from the one before."""
+    """Time of the longest chain of runs, each of which starts from the one before."""
     speed_from: str | None
     """Where the speeds come from, None if no run remains."""
 

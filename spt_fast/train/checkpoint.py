@@ -63,7 +63,7 @@ class Retention:
     every_steps: int | None = None
 
     def keeps(self, total_steps: int) -> bool:
-        """Whether a checkpoint after so many steps stays, whichever come after it."""
+        """Whether a checkpoint after so many steps stays, however many follow."""
         return self.every_steps is not None and total_steps % self.every_steps == 0
 
     def drops(self, folder: Path) -> list[Path]:

@@ -40,8 +40,8 @@ def recipe_of(run: Path) -> Recipe:
 
 
 def summary_of(run: Path) -> dict[str, Any] | None:
-    """summary.json of a run, None if it has none yet. CheckpointError if it cannot be read, also later for a field that
-    it lacks."""
+    """summary.json of a run, None if it has none yet. CheckpointError if it cannot be read, and later when a field is
+    read that it lacks."""
     path = run / "summary.json"
     if not path.exists():
         return None

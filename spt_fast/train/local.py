@@ -35,7 +35,7 @@ def capture(compute: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
 
 
 class RecordedStep:
-    """A step as a CUDA graph: the GPU launches its hundreds of kernels without the host, which speeds up small models.
+    """A step as a CUDA graph: the host no longer launches its hundreds of kernels, which speeds up launch-bound models.
 
     It serves batches of one shape, with at most as many documents as it has room for: unused entries of cu_seqlens
     are documents without tokens.

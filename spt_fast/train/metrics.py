@@ -53,7 +53,7 @@ class RunLog(Steps):
             )
 
     def begin_arm(self, planned: PhasePlan, arm: int, step: int) -> None:
-        """Begin an arm of a phase, of which `step` steps are done."""
+        """Begin an arm of a phase, or continue it after `step` steps."""
         arms = len(planned.phase.arms())
         title = planned.phase.name + (f" {arm + 1}/{arms}" if arms > 1 else "")
         work = self._work_of_phases[planned.index] / arms

@@ -211,8 +211,8 @@ class Plan:
                 raise not_the_same(field, where)
 
     def check_alike(self, world: World) -> None:
-        """Raise in every process whose recipe, or copy of the data, is not the first one's: each host may have its own.
-        RecipeError or DataError; collective. Paths may differ."""
+        """RecipeError or DataError in every process whose recipe or data differ from those of the first one, since each
+        host may have its own copies; their paths may differ. Collective."""
         own = {key: value for key, value in flat(self.recipe.plain()).items() if not _OF_A_HOST.fullmatch(key)}
         mine = self.digests()
         recipe, digests = world.exchange((own, mine))[0]

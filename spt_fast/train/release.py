@@ -133,7 +133,7 @@ def generate_texts(
     path: Path, prompts: Iterable[str], tokens: int, *, tokenizer: str | Path | None = None, **sampling: Any
 ) -> Iterator[Generated]:
     """Text that continues each prompt, or begins a document if that is empty; in order, `AT_A_TIME` in a batch.
-    `sampling` is that of `GPT.generate`."""
+    `sampling`: arguments of `GPT.generate`."""
     weights = chosen(path)
     encoding = tokenizer_for(weights, tokenizer)
     model, eos, waiting = load_model(weights).to(pick_device()), encoding.eos_id, iter(prompts)

@@ -1,7 +1,7 @@
 """The state of a run: everything besides tensors that a later process needs to continue it.
 
 `SavedState` is state.json of a checkpoint. Adding, renaming or removing a field needs a new VERSION and an entry in
-MIGRATIONS, by which checkpoints of all earlier versions are read. (A new field of GPTConfig needs only its default.)
+MIGRATIONS, so that checkpoints of all earlier versions can be read. (A new field of GPTConfig needs only its default.)
 """
 
 from __future__ import annotations

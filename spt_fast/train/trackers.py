@@ -414,7 +414,7 @@ class _Feed:
                 self._complain(f"failed ({_reason(error)})")
 
     def _arriving(self) -> Iterator[Entry | str]:
-        """Deliver entries, and at last how the run ended."""
+        """The entries, then how the run ended."""
         what: Entry | str | None = None
         while not isinstance(what, str):
             yield (what := self._waiting.get())

@@ -37,7 +37,8 @@ AT_START_S = 120.0
 SAMPLE = GPTConfig(layers=6, width=384, heads=6, kv_heads=6, ffn=1024, context=512, vocab_size=16384)
 """What is tuned without a recipe."""
 REPLACES = {"swiglu_mlp": "swiglu_linear", "self_attention": "qkv_attention"}
-"""Ops that also project their input, and those that models called before, which have the same backends and launches."""
+"""The ops that models call now, which also project their input, and those that they called before, with the same
+backends and launches."""
 
 Records = Mapping[str, Mapping[str, Any]]
 """The tuner's results, by op."""
