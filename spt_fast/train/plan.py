@@ -19,10 +19,10 @@ from torch import Tensor
 from spt_fast.config import Phase, Recipe, Source, check_lengths, flat
 from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.heldout import has_long_documents
-from spt_fast.data.inspection import Overlap, overlap_share
 from spt_fast.data.loader import Loader
 from spt_fast.data.mixture import Mixture
 from spt_fast.data.order import SampleOrder, check_every_source_is_drawn
+from spt_fast.data.overlap import Overlap, overlap_share
 from spt_fast.data.ring import Ring
 from spt_fast.data.shards import SAMPLED_BLOCKS, TokenDataset
 from spt_fast.data.tokenizer import Tokenizer, check_alike

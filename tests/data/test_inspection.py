@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spt_fast.data import inspection, shards
-from spt_fast.data.inspection import NGRAM, Overlap, inspect, overlap_share
+from spt_fast.data import inspection, overlap, shards
+from spt_fast.data.inspection import inspect
+from spt_fast.data.overlap import NGRAM, Overlap, overlap_share
 from spt_fast.data.shards import DatasetWriter, TokenDataset
 from spt_fast.errors import DataError
 
@@ -136,8 +137,8 @@ def test_overlap_is_exact_where_all_ngrams_are_looked_for(tmp_path: Path) -> Non
     assert vars(overlap_share(a, b)) == pytest.approx(expected)
     for stretch, chunk in ((1000, 300), (997, 997), (64, 33), (1 << 20, 50)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(inspection, "_STRETCH", stretch)
-            patch.setattr(inspection, "_CHUNK", chunk)
+            patch.setattr(overlap, "_STRETCH", stretch)
+            patch.setattr(overlap, "_CHUNK", chunk)
             assert vars(overlap_share(a, b)) == pytest.approx(expected)
     assert inspect(tmp_path / "a", overlap=tmp_path / "b")["overlap"] == {
         "with": str(tmp_path / "b"),
@@ -224,7 +225,7 @@ def test_sampled_ngrams_estimate_the_share(tmp_path: Path, monkeypatch: pytest.M
     train += [heldout[i] for i in range(0, 400, 3)]
     a, b = dataset_of(tmp_path / "a", heldout), dataset_of(tmp_path / "b", train)
     exact = overlap_share(a, b).ngrams
-    monkeypatch.setattr(inspection, "MAX_NGRAMS", 3000)
+    monkeypatch.setattr(overlap, "MAX_NGRAMS", 3000)
     sampled = overlap_share(a, b).ngrams
     assert exact is not None
     assert sampled is not None
@@ -233,9 +234,9 @@ def test_sampled_ngrams_estimate_the_share(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_ngrams_are_sampled_evenly_over_all_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection, "MAX_NGRAMS", 1000)
+    monkeypatch.setattr(overlap, "MAX_NGRAMS", 1000)
     dataset = dataset_of(tmp_path / "d", random_documents(14, 100))
-    starts = inspection._ngram_starts(dataset, EOS)
+    starts = overlap._ngram_starts(dataset, EOS)
     possible = [
         i
         for end, length in zip(dataset.document_ends, np.diff(dataset.document_ends, prepend=0), strict=True)  # type: ignore[arg-type]
@@ -250,7 +251,7 @@ def test_ngrams_are_sampled_evenly_over_all_documents(tmp_path: Path, monkeypatc
 def test_a_bounded_search_looks_at_stretches_spread_over_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inspection, "_STRETCH", 1000)
+    monkeypatch.setattr(overlap, "_STRETCH", 1000)
     heldout = random_documents(15, 300)
     a, b = dataset_of(tmp_path / "a", heldout), dataset_of(tmp_path / "b", random_documents(16, 300) + heldout)
     shares = overlap_share(a, b, max_train_tokens=b.num_tokens // 4)

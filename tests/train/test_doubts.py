@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from spt_fast import cli
 from spt_fast.config import recipe_from
-from spt_fast.data.inspection import overlap_share
+from spt_fast.data.overlap import overlap_share
 from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import SptWarning
 from spt_fast.train.doubts import doubts
@@ -174,7 +174,7 @@ def test_a_leak_into_a_text_of_which_only_parts_are_searched_is_no_share_of_the_
     raw = tiny.raw_recipe(data)
     raw["sources"]["general"]["heldout"] = raw["sources"]["general"]["train"]
     monkeypatch.setattr("spt_fast.train.plan._OVERLAPS", {})
-    monkeypatch.setattr("spt_fast.data.inspection._STRETCH", 1000)
+    monkeypatch.setattr("spt_fast.data.overlap._STRETCH", 1000)
     monkeypatch.setattr("spt_fast.train.plan.overlap_share", partial(overlap_share, max_train_tokens=1000))
     path = data / "general.bin"
     searched = 1000 / make_plan(recipe_from(raw)).train["general"].num_tokens
