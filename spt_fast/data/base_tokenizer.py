@@ -105,12 +105,13 @@ def check_rows(tokenizer: BaseTokenizer, ids: Iterable[int], rows: int) -> None:
         raise DataError(f"text holds {token!r}, id {id_}, but the weights have rows for {rows:,} ids: {WITHOUT_ROW}")
 
 
-def pieces(text: str) -> Iterator[str]:
-    """`text` in order, in pieces of at most PIECE_CHARS characters."""
-    start = 0
-    while len(text) - start > PIECE_CHARS:
-        cut = CUT.search(text, start + PIECE_CHARS // 2, start + PIECE_CHARS)
-        end = cut.end() if cut else start + PIECE_CHARS
+def pieces(text: str, most: int | None = None) -> Iterator[str]:
+    """`text` in order, in pieces of fewer than `most` characters, by default PIECE_CHARS; of as many where there is no
+    place to cut."""
+    most, start = most or PIECE_CHARS, 0
+    while len(text) - start > most:
+        cut = CUT.search(text, start + most // 2, start + most)
+        end = cut.end() if cut else start + most
         yield text[start:end]
         start = end
     yield text[start:]

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from spt_fast.data.base_tokenizer import CUT, PIECE_CHARS, byte_letters, encode_ordinary
+from spt_fast.data.base_tokenizer import PIECE_CHARS, byte_letters, encode_ordinary, pieces
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_AFTER_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
@@ -66,14 +66,10 @@ class FastBPE:
                 text = self._normalizer.normalize_str(text)
             if self._is_marked(text):
                 return None
-            pieces, start = [], 0
-            while len(text) - start > piece_chars:
-                cut = CUT.search(text, start + piece_chars // 2, start + piece_chars)
-                if cut is None:
-                    return None
-                pieces.append(text[start : cut.end()])
-                start = cut.end()
-            return encode_ordinary(self._encoding, [*pieces, text[start:]])
+            parts = [*pieces(text, piece_chars)]
+            if any(len(part) == piece_chars for part in parts[:-1]):  # it had no place to cut
+                return None
+            return encode_ordinary(self._encoding, parts)
         except (UnicodeEncodeError, TypeError):  # half a surrogate pair
             return None
 
