@@ -76,10 +76,7 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
 
 def is_ours(json_path: Path) -> bool:
     """Whether the beginning of the file says that it describes a dataset of ours."""
-    if not json_path.is_file():
-        return False
-    with json_path.open("rb") as file:
-        return FORMAT.encode() in file.read(256)
+    return FORMAT.encode() in formats.head_of(json_path, 256)
 
 
 def _is_count(value: object) -> bool:

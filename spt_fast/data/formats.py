@@ -69,8 +69,8 @@ def find(prefix: Path, declared: np.dtype | None) -> TokenFile:
     path = _locate(prefix)
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty: it holds no tokens")
-    head, index = _head(path), path.with_suffix(".idx")
-    if path.suffix == ".bin" and _head(index, len(MEGATRON_MAGIC)) == MEGATRON_MAGIC:
+    head, index = head_of(path), path.with_suffix(".idx")
+    if path.suffix == ".bin" and head_of(index, len(MEGATRON_MAGIC)) == MEGATRON_MAGIC:
         found = _megatron(path, index)
     elif len(head) == 8 and (key := struct.unpack("<ii", head))[0] in {magic for magic, _ in LLMC_DTYPES}:
         found = _llmc(path, key)
@@ -181,7 +181,7 @@ def _locate(prefix: Path) -> Path:
     )
 
 
-def _head(path: Path, size: int = 8) -> bytes:
+def head_of(path: Path, size: int = 8) -> bytes:
     """The first bytes of a file; empty if there is no such file."""
     if not path.is_file():
         return b""

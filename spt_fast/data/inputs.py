@@ -67,7 +67,7 @@ def find_files(inputs: Inputs) -> Found:
         warnings.warn(f"input: {_listed(passed_over)}", SptWarning, stacklevel=1)  # not again for another caller
     texts = Counter(text for path in files for text in _texts_of(path))
     if again := sorted({path.name for path in files if any(texts[text] > 1 for text in _texts_of(path))}):
-        warnings.warn(f"input: the same text is read more than once: {_few(again)}", SptWarning, stacklevel=1)
+        warnings.warn(f"input: the same text is read more than once: {few(again)}", SptWarning, stacklevel=1)
     return Found(files, passed_over)
 
 
@@ -101,7 +101,7 @@ def _say_held_out(folder: Path, files: list[Path]) -> None:
     apart = [str(name) for name in names if any(map(HELD_OUT.search, name.parts))]
     if 0 < len(apart) < len(files):
         warnings.warn(
-            f"input: {folder} holds {_few(apart)}, which by name is held out, and it is read with the rest; name the "
+            f"input: {folder} holds {few(apart)}, which by name is held out, and it is read with the rest; name the "
             "files to read if it should stay out",
             SptWarning,
             stacklevel=1,
@@ -129,11 +129,12 @@ def _not_read(path: Path, folder: Path) -> str | None:
 
 
 def _listed(passed_over: Mapping[str, list[Path]]) -> str:
-    kinds = [f"{len(p)} × {why} ({_few([path.name for path in p])})" for why, p in passed_over.items()]
+    kinds = [f"{len(p)} × {why} ({few([path.name for path in p])})" for why, p in passed_over.items()]
     return f"ignored: {'; '.join(kinds)}"
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
+    """The first of a list of names."""
     return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
 
 

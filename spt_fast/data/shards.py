@@ -23,7 +23,7 @@ import numpy as np
 
 from spt_fast.data import formats
 from spt_fast.data.dataset_files import BLOCK_BYTES, END_DTYPE, base_prefix, files_of, read_metadata, sha256_of
-from spt_fast.data.inputs import HELD_OUT
+from spt_fast.data.inputs import HELD_OUT, few
 from spt_fast.data.joined import JoinedTokens
 from spt_fast.errors import DataError, SptWarning, counted, cut, invalid
 from spt_fast.files import place
@@ -48,7 +48,6 @@ Stamp = tuple[int, int, int]
 
 _ENDINGS = (".bin", ".npy", ".ds")
 _ABOUT = (".idx", ".json", ".index", ".metadata")
-_NAMED = 5
 _PATTERN = re.compile(r"[*?[]")
 _READ_BYTES = 1 << 20
 _OPEN_PER_SHARD = 3  # the maps of its ids and document ends, and the loader's file
@@ -345,8 +344,7 @@ def _matching(given: Path) -> list[Path]:
         )
     others = [path.name for path in found if path not in files and not _belongs(path, by_stem)]
     if others and files:
-        named = ", ".join(others[:_NAMED]) + (", …" if len(others) > _NAMED else "")
-        warnings.warn(f"{given}: ignored {len(others)} × not a token file ({named})", SptWarning, stacklevel=4)
+        warnings.warn(f"{given}: ignored {len(others)} × not a token file ({few(others)})", SptWarning, stacklevel=4)
     return [base_prefix(path) if path.suffix == ".bin" else path for path in files]
 
 
