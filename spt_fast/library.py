@@ -26,7 +26,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from spt_fast.errors import RecipeError, SptError
+from spt_fast.errors import RecipeError, SptError, invalid
 from spt_fast.files import place
 
 if TYPE_CHECKING:
@@ -602,6 +602,8 @@ def generate(
     tokens = _parsed(integer(0), tokens, "tokens")
     seed = _parsed(integer(-(2**63), 2**64 - 1), seed, "seed")
     asked = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(asked, Sequence) or not all(isinstance(prompt, str) for prompt in asked):
+        raise RecipeError(invalid("prompts", prompts, "give a text, or a list of texts"), argument=True)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     own = _place(tokenizer, "tokenizer")
     return [*generate_texts(place(weights, "weights"), asked, tokens, tokenizer=own, **sampling)]

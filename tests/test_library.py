@@ -216,6 +216,9 @@ def test_errors_name_the_argument_or_its_flag(
             "overrides: 'seeds' is",
         ),
         (lambda: spt.generate("x", temperature="hot"), "temperature: 'hot' is invalid: write a number"),
+        (lambda: spt.generate("x", None), "prompts: None is invalid: give a text, or a list of texts"),
+        (lambda: spt.generate("x", ["a", 5]), "prompts: ['a', 5] is invalid: give a text, or a list of texts"),
+        (lambda: spt.generate("x", b"a"), "prompts: b'a' is invalid: give a text, or a list of texts"),
         (lambda: spt.generate("x", top_k=2.5), "top_k: 2.5 is invalid: write a whole number"),
     ],
 )

@@ -243,9 +243,12 @@ class GPT(nn.Module):
         reduction is "mean" or "sum" (scalars), or "none" ([B·T]), in nats. cu_seqlens int32 [n+1] cuts the B·T tokens,
         flattened, into documents: attention stays inside a document and positions restart in each (and in each row).
         scale: as in linear_cross_entropy, for a loss that is only used for its `backward()`.
-        ValueError: tokens of another shape, or more than config.context in a row, or another `checkpointing` than its
-        three.
+        ValueError: what is no tensor, tokens of another shape, or more than config.context in a row, or another
+        `checkpointing` than its three.
         """
+        for name, given in (("tokens", tokens_BT), ("targets", targets_BT), ("cu_seqlens", cu_seqlens)):
+            if not isinstance(given, Tensor) and (given is not None or name == "tokens"):
+                raise ValueError(invalid(name, given, "give a tensor of integers"))
         if tokens_BT.dim() != 2:
             raise ValueError(f"tokens: {tuple(tokens_BT.shape)} is invalid: they must be [B, T]")
         if self.checkpointing not in CHECKPOINTING:

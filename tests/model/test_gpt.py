@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -355,6 +356,15 @@ def test_longer_than_the_context_is_refused() -> None:
         model(tokens(1, 33))
     with pytest.raises(ValueError, match=r"tokens: \(32,\) is invalid: they must be \[B, T\]"):
         model(tokens(1, 32)[0])
+    ids: Any = tokens(1, 4)
+    for name, given in (
+        ("tokens", (None,)),
+        ("tokens", (ids.tolist(),)),
+        ("targets", (ids, ids.numpy())),
+        ("cu_seqlens", (ids, ids, [0, 4])),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: .* is invalid: give a tensor of integers"):
+            model(*given)
 
 
 # ---------------------------------------------------------------------------------------------------- attention
