@@ -95,11 +95,13 @@ def check_declared(path: Path, found: np.dtype, declared: np.dtype | None) -> No
         raise DataError(f"{path}: dtype {declared} was declared, but its header says {found}; drop the dtype")
 
 
-def id_dtype(name: str, what: str) -> np.dtype:
-    """The little-endian dtype of that name; DataError, naming `what`, for one that token ids can't have."""
+def id_dtype(given: object, what: str) -> np.dtype:
+    """The little-endian dtype of that name, or that type of NumPy; DataError, naming `what`, for one that token ids
+    can't have."""
+    name = given.__name__ if isinstance(given, type) and issubclass(given, np.integer) else given
     if name not in ID_DTYPES:
-        raise DataError(invalid(what, name, f"token ids have one of {', '.join(ID_DTYPES)}"))
-    return np.dtype(name).newbyteorder("<")
+        raise DataError(invalid(what, given, f"token ids have one of {', '.join(ID_DTYPES)}"))
+    return np.dtype(str(name)).newbyteorder("<")
 
 
 def map_ids(path: Path, dtype: np.dtype, offset_bytes: int, count: int) -> np.ndarray:

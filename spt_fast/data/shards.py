@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class TokenDataset:
         return all(shard.has_hashes for shard in self.shards) if self.shards else self.metadata is not None
 
     @classmethod
-    def open(cls, prefix: Prefix, dtype: str | None = None) -> TokenDataset:
+    def open(cls, prefix: Prefix, dtype: str | np.dtype | type[np.integer] | None = None) -> TokenDataset:
         """Open PREFIX in any supported format: ours, else Megatron, llm.c, .npy, else headerless ids of `dtype`.
 
         A folder, a pattern (`shards/train_*.bin`) or a list is one corpus in many files: those of the folder or pattern
@@ -111,8 +112,9 @@ class TokenDataset:
         a header if there is one. Raises DataError for a file that is missing, damaged, or not of the size in its
         header. `verify` checks hashes, so that opening takes the same time at any size.
         """
-        if "" in ([prefix] if isinstance(prefix, (str, os.PathLike)) else prefix):
-            raise DataError(invalid("prefix", prefix, "name a token dataset; . is the working directory"))
+        given = [prefix] if isinstance(prefix, (str, os.PathLike)) else prefix
+        if not isinstance(given, Sequence) or isinstance(given, bytes) or not given or "" in given:
+            raise DataError(invalid("prefix", prefix, "name a token dataset, or several; . is the working directory"))
         if isinstance(prefix, (str, os.PathLike)):
             prefix = place(prefix, "prefix")
         declared = None if dtype is None else formats.id_dtype(dtype, f"{prefix}: the declared dtype")
@@ -187,6 +189,8 @@ class TokenDataset:
         If the format records no documents: the first `tokens` tokens. Its `digest` depends on this dataset's and on the
         cut; `num_bytes` is None, since bytes are recorded only for the whole. DataError if `tokens` < 1.
         """
+        if not isinstance(tokens, Integral):
+            raise DataError(invalid("tokens", tokens, "write a whole number of at least 1"), argument=True)
         if tokens < 1:
             raise DataError(f"{self.path}: a limit of {counted(tokens, 'token')} leaves nothing; give at least 1")
         if tokens >= self.num_tokens:
@@ -278,7 +282,7 @@ def is_many(prefix: Path) -> bool:
     return prefix.is_dir() or bool(_PATTERN.search(str(prefix)))
 
 
-def _join(given: Prefix, dtype: str | None) -> TokenDataset:
+def _join(given: Prefix, dtype: str | np.dtype | type[np.integer] | None) -> TokenDataset:
     """The datasets of a folder, a pattern or a list, joined."""
     items = [place(item, "prefix") for item in ([given] if isinstance(given, (str, os.PathLike)) else given)]
     what = Path(", ".join(map(str, items)))

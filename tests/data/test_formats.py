@@ -118,7 +118,11 @@ def test_megatron_index_with_a_negative_length(tmp_path: Path) -> None:
 def test_a_megatron_index_belongs_to_the_bin_of_its_name_only(tmp_path: Path) -> None:
     write_megatron(tmp_path / "part", DOCUMENTS)
     np.array([9, 9], "<u2").tofile(tmp_path / "part.00000")
-    assert TokenDataset.open(tmp_path / "part.00000", dtype="uint16").tokens.tolist() == [9, 9]
+    for dtype in ("uint16", np.uint16, np.dtype("uint16")):
+        assert TokenDataset.open(tmp_path / "part.00000", dtype=dtype).tokens.tolist() == [9, 9]
+    for other in (np.float32, np.dtype(">u2"), "<u2", int):
+        with pytest.raises(DataError, match=r"the declared dtype: .* is invalid: token ids have one of uint8"):
+            TokenDataset.open(tmp_path / "part.00000", dtype=other)
 
 
 @pytest.mark.parametrize("change", [-2, -1, 1, 2])
@@ -419,7 +423,10 @@ def test_files_that_make_no_one_corpus(tmp_path: Path) -> None:
     own("stem/a")
     np.save(tmp_path / "stem" / "a.npy", np.ones(5, np.uint16))
     for given, message in (
-        ("", r"prefix: '' is invalid: name a token dataset; \. is"),
+        ("", r"prefix: '' is invalid: name a token dataset, or several; \. is"),
+        ([], r"prefix: \[\] is invalid: name a token dataset"),
+        (b"a", r"prefix: b'a' is invalid: name a token dataset"),
+        (None, "prefix: None is invalid: name a token dataset"),
         (tmp_path / "hard", "hard: names a file twice, maybe by a link"),
         (tmp_path / "stem", r"stem: holds both a\.bin and a\.npy, maybe the same ids twice; name the files"),
         (tmp_path / "in", r"in: holds a.heldout, which looks held out, beside other text; name the files"),

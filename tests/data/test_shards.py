@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -337,10 +338,10 @@ def test_limit_keeps_at_least_one_document_that_has_tokens(tmp_path: Path) -> No
     assert limited.num_documents == 2
 
 
-@pytest.mark.parametrize("limit", [0, -5])
-def test_a_limit_below_one_token_is_refused(tmp_path: Path, limit: int) -> None:
+@pytest.mark.parametrize("limit", [0, -5, 1.5, "1K"])
+def test_a_limit_below_one_token_or_of_none_is_refused(tmp_path: Path, limit: Any) -> None:
     write(tmp_path / "d", DOCUMENTS)
-    with pytest.raises(DataError, match="give at least 1"):
+    with pytest.raises(DataError, match="at least 1"):
         TokenDataset.open(tmp_path / "d").limit(limit)
 
 
