@@ -58,18 +58,20 @@ def load_model(path: Path) -> GPT:
 
 
 def chosen(path: Path) -> Path:
-    """`locate`, with a warning that names the weights of a run that isn't done."""
+    """`locate`, with a warning that names the weights where they are not those of a finished run's last phase."""
     if doubt := unfinished(path):
         warnings.warn(doubt, SptWarning, stacklevel=3)
     return locate(path)
 
 
 def unfinished(path: Path) -> str | None:
-    """If `path` is a run that isn't done, which of its weights are used, and why it isn't."""
+    """If `path` is a run that isn't done, or lacks its last weights, which of its weights are used, and why."""
     weights = locate(path)
-    summary = {"status": "done"} if weights == path else summary_of(path) or {"status": "not finished"}
-    if summary["status"] == "done":
+    if weights == path:
         return None
+    summary, last = summary_of(path) or {"status": "not finished"}, path / "weights" / recipe_of(path).phases[-1].name
+    if summary["status"] == "done":
+        return None if weights == last else f"{last}: is missing; {weights} is used. Put it back, or name other weights"
     why = f" ({summary['reason']})" if summary.get("reason") else ""
     return f"{path}: is {summary['status']}{why}; {weights} is used"
 

@@ -22,6 +22,7 @@ from spt_fast.train.dry_run import dry_run
 from spt_fast.train.evaluate import evaluation_texts
 from spt_fast.train.plan import make_plan
 from spt_fast.train.run import run
+from spt_fast.train.weights import chosen
 from tests import tiny
 
 STEP = 8 * tiny.CONTEXT
@@ -145,6 +146,15 @@ def test_a_start_from_a_run_that_is_not_done_is_warned_of(data: Path, tmp_path: 
         (base / "summary.json").write_text(json.dumps({**summary, "phases": {}}))
         assert of(raw) == says
     assert of(raw | {"init": str(base / "weights" / "pretrain")}) == []
+    whole = tiny.raw_recipe(data)  # of which the last phase's weights are gone
+    (base / "recipe.yaml").write_text(recipe_from(whole).as_yaml())
+    (base / "summary.json").write_text(json.dumps({"status": "done", "phases": {}}))
+    assert of(raw) == [
+        f"init: {base}/weights/finetune: is missing; {base}/weights/pretrain is used. Put it back, or name other "
+        "weights"
+    ]
+    with pytest.warns(SptWarning, match=r"finetune: is missing; \S+pretrain is used"):
+        chosen(base)
 
 
 def test_a_text_that_two_sources_have_is_warned_of(data: Path) -> None:
