@@ -341,11 +341,13 @@ def compare(runs: Paths, *, out: AnyPath | None = None) -> Comparison:
     """
     from spt_fast.study import compare as comparing
 
-    found = comparing.compare(_paths(runs, "runs"))
-    if out is not None:
-        from spt_fast.study.figures import write
+    if out is None:
+        return comparing.compare(_paths(runs, "runs"))
+    from spt_fast.study import figures
 
-        write(found, place(out, "out"))
+    figures.check_place(folder := place(out, "out"))
+    found = comparing.compare(_paths(runs, "runs"))
+    figures.write(found, folder)
     return found
 
 
@@ -452,9 +454,11 @@ def fit(
     """
     from spt_fast.study import fits
 
+    if folder := _place(out, "out"):
+        fits.check_place(folder)
     found = fits.fit(_table(runs, domain_source, general_source), law)
-    if out is not None:
-        fits.write(found, place(out, "out"))
+    if folder:
+        fits.write(found, folder)
     return found
 
 

@@ -17,11 +17,13 @@ from spt_fast import cli
 from spt_fast.data.tokenizer import train_tokenizer
 from spt_fast.errors import CheckpointError, SptError
 from spt_fast.files import is_temporary, write_text
+from spt_fast.library import compare, fit
 from spt_fast.locks import InUse
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.outputs import check_folder, check_output, is_figure, is_json_with, is_tokenizer
 from spt_fast.report.page import report
 from spt_fast.study import figures, fits, runs_table
+from spt_fast.study.demo import demo
 from spt_fast.train.folder import owned
 from spt_fast.train.release import export
 
@@ -91,6 +93,10 @@ def test_every_writer_leaves_foreign_files_alone(tmp_path: Path) -> None:
         lambda: figures.write(foreign, tmp_path),
         lambda: fits.write(foreign, tmp_path),
         lambda: runs_table.check_place(tmp_path),
+        # before any work: there is no such run
+        lambda: compare("absent", out=tmp_path),
+        lambda: fit("absent", out=tmp_path),
+        lambda: demo(tmp_path),
     ]
     for write in writers:
         with pytest.raises(SptError, match=rf"^(out|study): \S+ {IS_OTHER}"):

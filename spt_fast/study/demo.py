@@ -18,12 +18,11 @@ from rich.console import Console
 from spt_fast.config import load_recipe
 from spt_fast.data.prepare import prepare
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
-from spt_fast.outputs import check_folder
 from spt_fast.printing import print_grid, print_note, terminal
 from spt_fast.quantities import duration
 from spt_fast.study.compare import Comparison, compare
 from spt_fast.study.corpora import write_domain, write_general
-from spt_fast.study.figures import write
+from spt_fast.study.figures import check_place, write
 from spt_fast.study.findings import arm_table, conclusion
 from spt_fast.study.jobs import train_side_by_side
 
@@ -56,7 +55,7 @@ def demo(out: Path, scale: Scale | None = None) -> Comparison:
     Exits the process with code 75 when interrupted: finished work is saved, and the same call continues it.
     """
     out, scale = Path(out), scale or Scale()
-    check_folder(out, "out")
+    check_place(out)
     console = terminal()
     began_s = time.monotonic()
     console.print(

@@ -27,12 +27,17 @@ LINE_HEIGHT = 0.05
 """Room for a line of text, as a share of the plane's height."""
 
 
+def check_place(folder: Path) -> None:
+    """Raises SptError if `write` would replace files of others there."""
+    check_folder(folder, "out")
+    check_output(folder / "comparison.json", "out", is_json_with("runs", "arms", "r_gain"))
+    check_output(folder / "comparison.png", "out", is_figure)
+
+
 def write(comparison: Comparison, out_folder: str | Path) -> None:
     """Write comparison.json and comparison.png."""
     out_folder = Path(out_folder)
-    check_folder(out_folder, "out")
-    check_output(out_folder / "comparison.json", "out", is_json_with("runs", "arms", "r_gain"))
-    check_output(out_folder / "comparison.png", "out", is_figure)
+    check_place(out_folder)
     out_folder.mkdir(parents=True, exist_ok=True)
     write_text(out_folder / "comparison.json", json.dumps(as_json(comparison), indent=1, allow_nan=False))
     with replacing(out_folder / "comparison.png") as path:

@@ -438,9 +438,14 @@ def _errors(seen: np.ndarray, predicted: np.ndarray) -> Errors:
     return Errors(float(np.abs(seen / predicted - 1).mean()), r2, len(seen))
 
 
-def write(fits: Fits, folder: Path) -> None:
-    """Write fits.json."""
+def check_place(folder: Path) -> None:
+    """Raises SptError if `write` would replace a file of others there."""
     check_folder(folder, "out")
     check_output(folder / "fits.json", "out", is_json_with("laws", "notes"))
+
+
+def write(fits: Fits, folder: Path) -> None:
+    """Write fits.json."""
+    check_place(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "fits.json", json.dumps(as_json(fits), indent=1, allow_nan=False))
