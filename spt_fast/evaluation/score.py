@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from spt_fast.train.weights import chosen, load_model
 from spt_fast.train.world import World, dtype_name, pick_device
 
 TOKENS_AT_A_TIME = 16_384
+_LARGEST_LOG = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,7 @@ class Scored:
     loss: float
     """Nats per token."""
     perplexity: float
+    """Infinite beyond the range of float64."""
     bits_per_byte: float | None
     """The nats of all scored tokens, those that end documents included, over all bytes; None if the dataset doesn't
     record its bytes."""
@@ -104,6 +107,13 @@ def scored(
             return measure(of_batch, text, max(1, TOKENS_AT_A_TIME // window), world=World(0, 1, device))
 
     measured, rescored = measured_on(text), None
+    if not math.isfinite(measured.loss):
+        warnings.warn(
+            f"{prefix}: its loss is not finite, as the weights at {weights} are those of a run that diverged, or "
+            "damaged; use an earlier checkpoint, or copy the files again",
+            SptWarning,
+            stacklevel=2,
+        )
     if reported := _reported(weights, data.digest):
         half = heldout_stretches(
             data, "report", max(1, reported.phase.evaluation.tokens // 2), windows=reported.windows
@@ -115,7 +125,7 @@ def scored(
     return Scored(
         loss=measured.loss,
         standard_error=measured.standard_error,
-        perplexity=math.exp(min(measured.loss, 700.0)),
+        perplexity=math.inf if measured.loss > _LARGEST_LOG else math.exp(measured.loss),
         bits_per_byte=nats / math.log(2) / data.num_bytes if data.num_bytes else None,
         tokens=text.num_targets,
         bytes=data.num_bytes,
