@@ -359,8 +359,11 @@ def apply_overrides(raw: Any, overrides: str | Sequence[str]) -> None:
 
     Raises RecipeError.
     """
+    given = [overrides] if isinstance(overrides, str) else overrides
     try:
-        for override in [overrides] if isinstance(overrides, str) else overrides:
+        if not isinstance(given, Sequence) or not all(isinstance(override, str) for override in given):
+            raise RecipeError(invalid("overrides", overrides, 'give one or several texts, such as "seed=1"'))
+        for override in given:
             target, separator, value = override.partition("=")
             if not separator:
                 raise RecipeError(invalid("overrides", override, "write KEY=VALUE, such as phases.pretrain.tokens=40M"))

@@ -407,6 +407,10 @@ def test_a_path_in_brackets_is_answered_with_one_in_dots(tmp_path: Path) -> None
     raw: dict[str, Any] = {"sources": {"a[0]": {}}}
     apply_overrides(raw, ["sources.a[0].train=x"])
     assert raw == {"sources": {"a[0]": {"train": "x"}}}, "a name that has them itself"
+    other: Any
+    for other in ([3], None, {"seed": 3}, b"seed=3"):
+        with pytest.raises(RecipeError, match=rf"^overrides: {re.escape(str(other))} is invalid: give one or several"):
+            load_recipe(path, other)
 
 
 def test_sources_may_have_any_name_that_yaml_reads_otherwise(tmp_path: Path) -> None:
