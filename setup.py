@@ -1,6 +1,7 @@
 """Builds csrc/ into spt_fast/_C by torch's stable ABI: one binary for every torch >= 2.11 and Python >= 3.11."""
 
 from glob import glob
+from pathlib import Path
 
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -23,6 +24,7 @@ setup(
                 "-ffp-contract=fast",
                 "-DTORCH_TARGET_VERSION=0x020b000000000000",
                 "-Wall",
+                f"-fmacro-prefix-map={Path.cwd()}/=",  # errors name csrc/, not the builder's folder
             ],
         )
     ],
