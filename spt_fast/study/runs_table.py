@@ -431,21 +431,22 @@ class _Decay:
 
     schedule: Schedule
     steps: int
-    tokens_per_step: float
+    """0 if unknown."""
+    tokens_per_step: int
 
     @classmethod
     def of(cls, phase: Phase, done: Recorded, window: float) -> _Decay:
         """window: NaN if it is unknown."""
-        per_step = phase.batch.sequences * window
-        steps = 0 if math.isnan(per_step) else max(1, round(Fraction(phase.tokens) / Fraction(per_step)))
-        return cls(phase.with_overrides(phase.arms()[done.arm_of(phase)]).schedule, steps, per_step)
+        schedule = phase.with_overrides(phase.arms()[done.arm_of(phase)]).schedule
+        if math.isnan(window):
+            return cls(schedule, 0, 0)
+        return cls(schedule, phase.steps(int(window)), phase.tokens_per_step(int(window)))
 
     def rate(self, tokens: int) -> float:
         """As a share of the peak, after this many tokens of the stage."""
         if not self.steps:
             return math.nan
-        per_step = int(self.tokens_per_step)
-        return learning_rate(self.schedule, 1.0, tokens // per_step, self.steps, per_step)
+        return learning_rate(self.schedule, 1.0, tokens // self.tokens_per_step, self.steps, self.tokens_per_step)
 
 
 def _after_training(row: Row, past: Past, share: Fraction) -> Row:

@@ -91,17 +91,17 @@ def _pretraining(table: UsableRows) -> pd.DataFrame:
 
 def _with_finished(table: UsableRows) -> pd.DataFrame:
     """The rows with the column `finished`: whether the loss is that of a run that ends there, as at final weights, and
-    all along runs whose rate is still near its peak at these. While a rate falls, the loss is above that of a run that
-    ends there. Tables of earlier versions lack the rate; of those, runs with several budgets count, since studies have
-    them at a plateau only."""
+    all along runs whose rate is still near its peak at these and, if they are not the last, after them. While a rate
+    falls, the loss is above that of a run that ends there. Tables of earlier versions lack the rate; of those, runs
+    with several budgets count, since studies have them at a plateau only."""
     rows = table.rows
     stage = [rows[name] for name in STAGE]
     ends = rows["tokens"].where(rows["handed_on"])
-    last = ends == ends.groupby(stage).transform("max")
+    end = ends.groupby(stage).transform("max")
     rate = rows["rate"] if "rate" in rows else pd.Series(math.nan, index=rows.index)
-    at_end = rate.where(last).groupby(stage).transform("max")
+    at_end = rate.where(rows["tokens"] >= end).groupby(stage).transform("min")
     several = rows["handed_on"].groupby(stage).transform("sum") > 1
-    return rows.assign(finished=last | (at_end >= PLATEAU) | (at_end.isna() & several))
+    return rows.assign(finished=(ends == end) | (at_end >= PLATEAU) | (at_end.isna() & several))
 
 
 def _ends(frame: pd.DataFrame, *arm: str) -> pd.DataFrame:

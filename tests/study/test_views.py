@@ -124,6 +124,9 @@ def test_budgets_on_a_falling_rate_do_not_count_as_ends_of_runs() -> None:
         assert list(frame["tokens"]) == [max(budgets)] * 2
         _, frame = only(views.chinchilla(usable(table.assign(rate=1.0))))
         assert len(frame) == 2 * 20
+    best = (table["tokens"] == lengths[0] // 10) & (table["stage"] == 0)  # before the rate falls
+    _, frame = only(views.chinchilla(usable(falling(table.assign(handed_on=best)))))
+    assert list(frame["tokens"]) == [lengths[0] // 10] * 2
 
 
 def test_laws_of_curves_leave_out_the_middle_of_a_decay_if_enough_runs_end() -> None:
