@@ -137,7 +137,8 @@ def adamw_step_all(
     if decayed is not None and (
         len(decayed) != len(params) or not all(0 <= index(n) <= size for n, size in zip(decayed, sizes, strict=True))
     ):
-        raise ValueError(invalid("adamw_step_all(decayed)", decayed, f"one for each param, of which they have {sizes}"))
+        expected = f"give a number for each param, from 0 to its size; their sizes are {sizes}"
+        raise ValueError(invalid("adamw_step_all(decayed)", decayed, expected))
     if not isinstance(step, Tensor) and step < 1:
         raise ValueError(invalid("adamw_step(step)", step, "the number of this update, from 1"))
     if anchors is None and anchor_decay != 0:

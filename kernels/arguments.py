@@ -61,11 +61,13 @@ def _whole_numbers(function: Callable) -> list[tuple[int, str, tuple[Any, ...]]]
 
 
 def _refusal(function: Callable, arguments: Sequence[Any], named: Mapping[str, Any]) -> str | None:
-    """The message for the first argument of a wrong type; None if there is none, or if the call lacks arguments."""
+    """The message for the first argument of a wrong type; None if there is none. Where arguments are missing or given
+    twice, Python's TypeError."""
     try:
         given = inspect.signature(function).bind(*arguments, **named).arguments
     except TypeError:
-        return None
+        function(*arguments, **named)  # whose error has the function's name
+        raise
     hints = get_type_hints(function)
     for name, value in given.items():
         if not _fits(value, hints[name]):

@@ -24,9 +24,9 @@ class Made:
     state: tuple
     results: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """None in a copied or pickled tensor, whose versions are its own."""
-        return type(None), ()
+    def __reduce__(self) -> tuple[type[set], tuple[()]]:
+        """Nothing in a copied or pickled tensor, whose versions are its own: a set is among what torch.load reads."""
+        return set, ()
 
 
 def once(cu_seqlens: Tensor, make: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -36,7 +36,7 @@ def once(cu_seqlens: Tensor, make: Callable[..., Tensor], *arguments: Any) -> Te
     values = cu_seqlens.tolist() if cu_seqlens.device.type == "cpu" else None  # memory of an array has no version
     capturing = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()  # a graph has to make its own
     state, made = (cu_seqlens._version, values, capturing), getattr(cu_seqlens, "made_once", None)
-    if made is None or made.state != state:
+    if not isinstance(made, Made) or made.state != state:
         made = cu_seqlens.made_once = Made(state)  # type: ignore[attr-defined]
     if (make, arguments) not in made.results:
         with torch.inference_mode(False):

@@ -635,7 +635,7 @@ def load_recipe(path: str | Path, overrides: str | Sequence[str] = ()) -> Recipe
     `overrides`: one or several "a.b=c" strings. The value is YAML; phases go by name or position
     ("phases.finetune.optimizer.lr=1e-4"). Raises RecipeError, which names the field, what was given and the remedy.
     """
-    path = place(path, "recipe")
+    path = place(path, "recipe", RecipeError)
     raw = read_yaml(path)
     if isinstance(raw, dict) and "stages" in raw and "phases" not in raw:
         raise RecipeError(f"{path}: is a study, not a recipe; train its runs with `spt-fast sweep`")

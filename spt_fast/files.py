@@ -22,13 +22,13 @@ NO_PATH = "the path is empty; name a file or folder, or write . for the working 
 NO_USER = "this machine has no such user; write ./~… for the name of a file"
 
 
-def place(given: object, argument: str) -> Path:
-    """The path that a call was given as `argument`, `expanded`. SptError for what is no path."""
+def place(given: object, argument: str, error: type[SptError] = SptError) -> Path:
+    """The path that a call was given as `argument`, `expanded`. Raises `error` for what is no path."""
     if not isinstance(given, (str, os.PathLike)):
-        raise SptError(invalid(argument, given, "give a path"), argument=True)
+        raise error(invalid(argument, given, "give a path"), argument=True)
     found = expanded(str(os.fspath(given)))
     if not found or found.startswith("~"):
-        raise SptError(invalid(argument, given, NO_USER if found else NO_PATH), argument=True)
+        raise error(invalid(argument, given, NO_USER if found else NO_PATH), argument=True)
     return settled(found)
 
 

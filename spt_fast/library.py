@@ -394,7 +394,8 @@ def load_study(
     from spt_fast.study import load
 
     given = {"general": general, "domain": domain, "tokenizer": tokenizer, "out": out, "init": _several(init)}
-    return load.load_study(str(place(study, "study")), overrides, given=given)
+    name = os.fspath(study) if isinstance(study, os.PathLike) else study
+    return load.load_study(name, overrides, given=given)
 
 
 def sweep(

@@ -316,6 +316,7 @@ def test_every_path_of_the_command_line_is_expanded(monkeypatch: pytest.MonkeyPa
         ("runs/a --data x y --context 64", "runs/a", ["x", "y"]),
         ("runs/a --data x --data y z --json", "runs/a", ["x", "y", "z"]),
         ("--data x --data y runs/a", "runs/a", ["x", "y"]),
+        ("runs/a --data --x --data y", "runs/a", ["--x", "y"]),
     ],
 )
 def test_eval_takes_several_datasets(
@@ -330,6 +331,8 @@ def test_eval_takes_several_datasets(
     monkeypatch.setattr(library, "evaluate", evaluate)
     typer.main.get_command(cli.app).main(["eval", *words.split()], standalone_mode=False)
     assert asked == [(Path(weights), [Path(prefix) for prefix in data])]
+    with pytest.raises(flags.UsageError, match=r"--data.*requires an argument"):
+        typer.main.get_command(cli.app).main(["eval", "runs/a", "--tasks", "x", "--data"], standalone_mode=False)
 
 
 def test_long_messages_are_cut() -> None:

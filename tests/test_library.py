@@ -23,7 +23,7 @@ import spt_fast as spt
 from spt_fast import cli, library
 from spt_fast.cli import flags
 from spt_fast.config import recipe_from
-from spt_fast.errors import RecipeError, SptError
+from spt_fast.errors import DataError, RecipeError, SptError
 from spt_fast.printing import as_json
 from spt_fast.study import sweep as sweeping
 from tests import tiny
@@ -255,6 +255,12 @@ def test_every_path_of_the_library_is_expanded_as_on_the_command_line(
             spt.export("~/models/small", empty)
     with pytest.raises(SptError, match=r"folder: '~nobody-has-it/x' is invalid: this machine has no such user"):
         model.save_hf("~nobody-has-it/x")
+    for read in (spt.load_recipe, spt.load_study):
+        with pytest.raises(RecipeError, match="'' is invalid: the path is empty"):
+            read("")
+    for opened in (spt.Tokenizer.load, spt.TokenDataset.open, lambda path: spt.TokenDataset.open([path]), bpe.save):
+        with pytest.raises(DataError, match="this machine has no such user"):
+            opened("~nobody-has-it/x")
     with pytest.raises(SptError, match="weights: None is invalid: give a path"):
         spt.export(None, "x")  # type: ignore[arg-type]
     with pytest.raises(typer.BadParameter, match="this machine has no such user"):
@@ -263,6 +269,15 @@ def test_every_path_of_the_library_is_expanded_as_on_the_command_line(
     assert str(flags.path("./~/x")) == str(spt.export("~/models/small", flags.path("./~/x"))) == literal
     assert recipe_from(tiny.raw_recipe(tmp_path) | {"run": "./~/x"}).run == literal
     assert recipe_from(tiny.raw_recipe(tmp_path) | {"run": "./x"}).run == "./x"
+
+
+def test_a_file_named_as_a_ready_study_is_read_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("spt").write_text("phases: []")
+    with pytest.raises(RecipeError, match="is a recipe, not a study"):
+        spt.load_study("./spt")
+    with pytest.raises(RecipeError, match="a ready study needs your data"):
+        spt.load_study(Path("spt"))
 
 
 def test_every_call_is_documented_with_all_its_arguments() -> None:

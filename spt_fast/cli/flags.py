@@ -195,10 +195,12 @@ class ManyValues(Command):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given, inside = list[str](), False
         for i, arg in enumerate(args):
-            if inside := arg == self.flag or (inside and (args[i - 1] == self.flag or self.is_value(arg, args))):
-                given += [] if arg == self.flag else [f"{self.flag}={arg}"]
+            if arg == self.flag:
+                inside = True
+                given += [] if args[i + 1 :] else [arg]  # its value is missing
             else:
-                given.append(arg)
+                inside = inside and (args[i - 1] == self.flag or self.is_value(arg, args))
+                given.append(f"{self.flag}={arg}" if inside else arg)
         return super().parse_args(ctx, given)
 
 

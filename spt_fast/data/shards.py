@@ -116,7 +116,7 @@ class TokenDataset:
         if not isinstance(given, Sequence) or isinstance(given, bytes) or not given or "" in given:
             raise DataError(invalid("prefix", prefix, "name a token dataset, or several; . is the working directory"))
         if isinstance(prefix, (str, os.PathLike)):
-            prefix = place(prefix, "prefix")
+            prefix = place(prefix, "prefix", DataError)
         declared = None if dtype is None else formats.id_dtype(dtype, f"{prefix}: the declared dtype")
         try:
             if not isinstance(prefix, (str, os.PathLike)) or is_many(Path(prefix)):
@@ -284,7 +284,8 @@ def is_many(prefix: Path) -> bool:
 
 def _join(given: Prefix, dtype: str | np.dtype | type[np.integer] | None) -> TokenDataset:
     """The datasets of a folder, a pattern or a list, joined."""
-    items = [place(item, "prefix") for item in ([given] if isinstance(given, (str, os.PathLike)) else given)]
+    several = [given] if isinstance(given, (str, os.PathLike)) else given
+    items = [place(item, "prefix", DataError) for item in several]
     what = Path(", ".join(map(str, items)))
     prefixes = [prefix for item in items for prefix in (_matching(item) if is_many(item) else [item])]
     if not prefixes:

@@ -82,7 +82,7 @@ class Tokenizer(BaseTokenizer):
         none begins it. Raises DataError for a file that doesn't exist or is damaged, an unknown name or token, or an
         encoding that isn't available.
         """
-        tokenizer = _found(place(name_or_path, "tokenizer"), with_eos=eos is None)
+        tokenizer = _found(place(name_or_path, "tokenizer", DataError), with_eos=eos is None)
         tokenizer.set_ends(eos, bos)
         return tokenizer
 
@@ -169,7 +169,7 @@ class Tokenizer(BaseTokenizer):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a tokenizer file, atomically. Raises DataError if that fails."""
-        path = place(path, "path")
+        path = place(path, "path", DataError)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:

@@ -9,6 +9,7 @@ from typing import Any
 
 from spt_fast.errors import RecipeError, invalid, nearest, shown_path
 from spt_fast.fields import apply_overrides, naming, read_yaml
+from spt_fast.files import place
 from spt_fast.study.study import Study, study_from
 from spt_fast.study.tree import expand
 from spt_fast.train.weights import read_config
@@ -29,6 +30,7 @@ def load_study(name: str, overrides: Sequence[str] = (), *, given: Mapping[str, 
     Raises RecipeError, and CheckpointError for `init` without weights.
     """
     ready = name in ready_studies()
+    name = name if ready else str(place(name, "study", RecipeError))
     if not ready and not os.path.exists(name):
         expected = f"give the path of a study in YAML; {nearest(name, ready_studies())}"
         raise RecipeError(f"{shown_path(name)}: neither a file nor a ready study; {expected}")

@@ -100,6 +100,12 @@ def test_whole_numbers_are_whole(op: str, backend: str) -> None:
     assert names == list(whole)
 
 
+def test_a_call_with_arguments_in_wrong_places_has_pythons_own_error() -> None:
+    """A bias in third place, as `linear` has it, is no whole number either."""
+    with pytest.raises(TypeError, match=r"self_attention\(\) got multiple values for argument 'kv_heads'"):
+        kernels.self_attention(X[None], W, None, kv_heads=2, head_dim=2)
+
+
 def test_a_whole_number_by_its_place_and_a_step_in_any_tensor() -> None:
     with pytest.raises(ValueError, match=r"^qkv_attention\(kv_heads\): 1.0 is invalid: it must be a whole number"):
         kernels.qkv_attention(HEADS.repeat(1, 1, 2, 1), 1.0)

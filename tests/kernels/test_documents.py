@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from itertools import pairwise
 
@@ -79,3 +80,18 @@ def test_a_copy_has_its_own() -> None:
     before = len(pickle.dumps(here))
     spans(here, 30, 100)
     assert len(pickle.dumps(here)) < before + 1000
+
+
+@pytest.mark.parametrize("kept", [None, ((0, None), {}), ((1, [0, 8, 24], False), {})])
+def test_one_that_was_saved_is_read_and_used(kept: tuple | None) -> None:
+    """As torch.load reads by default. kept: what earlier versions left with a tensor, and in its pickles."""
+    ends = torch.tensor([0, 8, 24], dtype=torch.int32)
+    expected = spans(ends, 3, 8)
+    if kept is None:
+        saved = io.BytesIO()
+        torch.save(ends, saved)
+        saved.seek(0)
+        ends = torch.load(saved)
+    else:
+        ends.made_once = kept
+    assert torch.equal(spans(ends, 3, 8), expected)
