@@ -59,7 +59,7 @@ def swiglu_mlp(
     check("swiglu_mlp", "x", x, x.shape, gate_up_weight, gate_up_bias, "gate_up_")
     rows = gate_up_weight.shape[0]
     if rows % 2:
-        expected = "its rows must be gate's and as many of up"
+        expected = "it must have an even number of rows: gate's, then up's"
         raise ValueError(invalid("swiglu_mlp(gate_up_weight)", tuple(gate_up_weight.shape), expected))
     check("swiglu_mlp", "gate_up_weight", gate_up_weight, (rows // 2,), down_weight, down_bias, "down_")
     if not is_looked_at(given):  # which is to see every op

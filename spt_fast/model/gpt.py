@@ -243,8 +243,8 @@ class GPT(nn.Module):
         reduction is "mean" or "sum" (scalars), or "none" ([B·T]), in nats. cu_seqlens int32 [n+1] cuts the B·T tokens,
         flattened, into documents: attention stays inside a document and positions restart in each (and in each row).
         scale: as in linear_cross_entropy, for a loss that is only used for its `backward()`.
-        ValueError: what is no tensor, tokens of another shape, or more than config.context in a row, or another
-        `checkpointing` than its three.
+        ValueError: an argument that is no tensor, tokens of another shape, more than config.context of them in a row,
+        or a `checkpointing` that is none of CHECKPOINTING.
         """
         for name, given in (("tokens", tokens_BT), ("targets", targets_BT), ("cu_seqlens", cu_seqlens)):
             if not isinstance(given, Tensor) and (given is not None or name == "tokens"):

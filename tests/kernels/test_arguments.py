@@ -155,7 +155,7 @@ def test_weights_and_biases_of_other_shapes_are_named(op: str, grad: bool) -> No
             refused(place, name, X.new_ones(wrong), expected)
     refused(0, first, X[0, 0], "it" if op != "swiglu_linear" else "its last dimension must be")
     if op == "swiglu_mlp":
-        refused(1, "gate_up_weight", W[:7], "its rows must be gate's and as many of up")
+        refused(1, "gate_up_weight", W[:7], "it must have an even number of rows: gate's, then up's")
     if op == "self_attention":
         refused(0, "x_BTE", X, "it must be [B, T, E]")
 
