@@ -288,16 +288,4 @@ def evaluations_of(folder: Path) -> list[dict[str, Any]]:
 def records_of(folder: Path, kind: str) -> list[dict[str, Any]]:
     """The "train" or "eval" records of a run's metrics.jsonl; CheckpointError for a damaged file, also later for a
     field that a record lacks."""
-    records = recorded.records_of(folder, kind)
-    for record in records:
-        _restore_nan(record)
-    return [*records]
-
-
-def _restore_nan(fields: dict[str, Any]) -> None:
-    """NaN in place of null: JSON has no number for it."""
-    for name, value in fields.items():
-        if value is None:
-            fields[name] = math.nan
-        elif isinstance(value, dict):
-            _restore_nan(value)
+    return [recorded.with_nan(record) for record in recorded.records_of(folder, kind)]

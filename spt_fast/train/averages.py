@@ -19,7 +19,7 @@ from spt_fast.files import write_text
 from spt_fast.model import hf
 from spt_fast.train.folder import recipe_of, write_summary
 from spt_fast.train.health import failure, standing
-from spt_fast.train.recorded import records_of
+from spt_fast.train.recorded import records_of, with_nan
 from spt_fast.train.state import ArmResult, Evaluation, PhaseResult
 from spt_fast.train.world import World
 
@@ -41,18 +41,15 @@ def of_average(arm: ArmResult, found: Evaluation) -> ArmResult:
 def arms_of(run: Path, arms: Sequence[ArmResult], other: Averaged) -> list[ArmResult]:
     """The finished arms of a run, with the losses of another average; only those whose losses were recorded."""
     found = {
-        record["arm"]: Evaluation(record["step"], _losses(record), record["standard_errors"])
+        record["arm"]: Evaluation(
+            record["step"],
+            {split: with_nan(record[split]) for split in ("heldout", "select", "train")},
+            record["standard_errors"],
+        )
         for record in records_of(run, "eval")
         if record.get("average") == float(other.share)
     }
     return [of_average(arm, found[index]) for index, arm in enumerate(arms) if index in found]
-
-
-def _losses(record: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return {
-        split: {source: math.nan if loss is None else loss for source, loss in record[split].items()}
-        for split in ("heldout", "select", "train")
-    }
 
 
 def kept(other: Averaged) -> str:

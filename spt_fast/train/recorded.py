@@ -4,6 +4,7 @@ read, a missing one where it is needed, because earlier versions wrote fewer."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,16 @@ def record_of(line: str | bytes, metrics: Path, number: int) -> Recorded:
     if problem:
         raise damaged(metrics, problem, line=number)
     return Recorded.of(found, metrics, line=number)
+
+
+def with_nan(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same mapping with NaN in place of null, also in the mappings within: JSON has no number for it."""
+    for name, value in fields.items():
+        if value is None:
+            fields[name] = math.nan
+        elif isinstance(value, dict):
+            with_nan(value)
+    return fields
 
 
 def mistyped(value: Any, expected: Any = FIELDS, where: str = "") -> Iterator[str]:

@@ -6,7 +6,6 @@ MIGRATIONS, so that checkpoints of all earlier versions can be read. (A new fiel
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
@@ -17,6 +16,7 @@ from spt_fast.errors import CheckpointError, invalid
 from spt_fast.fields import optional
 from spt_fast.model.config import GPTConfig
 from spt_fast.printing import plain
+from spt_fast.train.recorded import with_nan
 
 VERSION = 6
 
@@ -218,7 +218,7 @@ def _read(cls: type[Any], raw: Mapping[str, Any], where: str) -> Any:
 
 
 def _losses(raw: Mapping[str, float | None], where: str) -> dict[str, float]:
-    return {source: math.nan if loss is None else loss for source, loss in raw.items()}
+    return with_nan({**raw})
 
 
 def _arm(raw: Mapping[str, Any], where: str) -> ArmResult:
