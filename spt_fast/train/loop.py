@@ -215,10 +215,10 @@ class Trainer:
         best = self.snapshots.pop("best", None)
         if all(standing(reached, plan.phase) < standing(other, plan.phase) for other in state.arms):
             self.snapshots["kept"] = best or self.engine.snapshot(state=self.hands_on_state(plan))
-        for other in arm.phase.also_average:
+        for other in averages.others(self.folder, self.world, plan.phase):
             mixed, found = self.averaged(arm, trained, float(other.share), reached.handed_on)
-            if averages.is_best(self.folder, self.world, other, plan.phase, reached, found, state.arms):
-                self.snapshots[averages.kept(other)] = mixed
+            if other.is_best(reached, found, state.arms):
+                self.snapshots[other.kept] = mixed
         state.arms.append(reached)
         state.next_arm()
 
@@ -256,10 +256,10 @@ class Trainer:
         )
         health.check(arm, phase)
         self.write_weights(self.folder / "weights" / phase.name, self.snapshots["kept"])
-        for other in phase.also_average:
-            if result := averages.result(self.folder, self.world, other, state.finished[phase.name], phase):
-                self.write_weights(averages.begin(other, phase, self.world), self.snapshots[averages.kept(other)])
-                averages.finish(self.folder, self.world, other, self.facts({phase.name: result}))
+        for other in averages.others(self.folder, self.world, phase):
+            if result := other.result(state.finished[phase.name]):
+                self.write_weights(other.begin(), self.snapshots[other.kept])
+                other.finish(self.facts({phase.name: result}))
         if state.origin.phase == plan.index:
             state.origin = ScheduleOrigin(plan.index, kept, arm.tokens)
         else:
