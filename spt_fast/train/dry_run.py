@@ -30,7 +30,7 @@ from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens
 from spt_fast.train.folder import is_run
 from spt_fast.train.plan import PhasePlan, Plan, make_plan
 from spt_fast.train.price import TIME_FACTOR, Machine, Way, phase_memory, ways_of
-from spt_fast.train.run import check_folder
+from spt_fast.train.run import summary_if_over
 from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.trackers import check_installed
 from spt_fast.train.tuning import choose
@@ -118,7 +118,7 @@ def dry_run(recipe: Recipe, *, resume: bool | None = None, verify: bool = False)
 def _look_at_folder(recipe: Recipe, resume: bool) -> None:
     folder = Path(recipe.run)
     if resume or not is_run(folder):
-        check_folder(folder, recipe, resume)
+        summary_if_over(folder, recipe, resume)  # raises what `run` would
     else:
         warnings.warn(
             f"run: folder {folder} exists, so training will be refused; continue it with --resume, choose another name "

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,12 @@ def run(
     world = join(recipe.engine)
     world.on_first(lambda: check_installed(recipe.log.to))
     folder = Path(recipe.run)
+    earlier = partial(summary_if_over, folder, recipe, resume)
     with ExitStack() as held:
-        finished = world.on_first(lambda: check_folder(folder, recipe, resume))
+        finished = world.on_first(earlier)
         if finished is None:
             world.on_first(lambda: held.enter_context(owned(folder, "run")))
-            finished = world.on_first(lambda: check_folder(folder, recipe, resume))  # another process may have ended it
+            finished = world.on_first(earlier)  # another process may have ended it
         if finished:
             world.on_first(lambda: _check_inputs(folder, recipe, finished))
         return finished or _train(recipe, folder, world, resume=resume, verify=verify, progress=progress)
@@ -129,7 +131,7 @@ def print_summary(recipe: Recipe, summary: Mapping[str, Any], console: Console) 
         print_note(console, f"skipped steps: {skipped}, because the loss or its gradient was not finite")
 
 
-def check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
+def summary_if_over(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     """The summary of a run that has nothing left to do: it is done, or it was asked to stop, and its launcher treated
     that as a failure and started it again. RecipeError for a folder in which this recipe cannot be trained."""
     if (folder / "recipe.yaml").exists() and not is_run(folder):
