@@ -26,6 +26,23 @@ def count(number: float) -> str:
     return f"{number:,}" if isinstance(number, int) and number < EXACT_BELOW else amount(number)
 
 
+def number(value: float) -> str:
+    """Three digits without an exponent: 0.0547, 13.3, 6,670."""
+    rounded = three_digits(value)
+    return f"{rounded:,.0f}" if rounded >= 1000 else f"{rounded:g}"
+
+
+def three_digits(value: float) -> float:
+    """Rounded to three digits, as an achieved share, which differs from the requested one by a window."""
+    return float(f"{value:.3g}")
+
+
+def times(value: float) -> str:
+    """ "once" or "13.3 times"."""
+    said = number(value)
+    return "once" if said == "1" else f"{said} times"
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.4g}%"
 

@@ -42,9 +42,9 @@ from spt_fast.advice.support import support
 from spt_fast.advice.tax import factor_of, published_factor, tax
 from spt_fast.data.divergence import divergence
 from spt_fast.errors import DataError, RecipeError
+from spt_fast.quantities import amount, percent, times
 from spt_fast.study.finetunes import plainest
 from spt_fast.study.usable import UsableRows, usable
-from spt_fast.study.words import amount, percent, times
 
 SEEN_WITHIN = 2.0
 """Without a law, the best arm of the nearest budget is used if the budget asked for is within this factor of it."""

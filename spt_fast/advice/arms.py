@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from spt_fast.advice.result import Arm
+from spt_fast.quantities import three_digits
 from spt_fast.study.finetunes import after_pretraining
 from spt_fast.study.usable import UsableRows
-from spt_fast.study.words import three_digits
 
 REGIMES = ("FT", "SPT", "SCPT")
 

@@ -37,12 +37,12 @@ from spt_fast.errors import DataError, some
 from spt_fast.laws import DCPTLaw, best_ratio
 from spt_fast.laws.base import LawWarning
 from spt_fast.model.flops import parameters
+from spt_fast.quantities import amount, percent, three_digits
 from spt_fast.study import views
 from spt_fast.study.finetunes import SIZES
 from spt_fast.study.load import WINDOW
 from spt_fast.study.settings import fields_of, usual, usual_batch
 from spt_fast.study.usable import UsableRows, usable
-from spt_fast.study.words import amount, percent, three_digits
 from spt_fast.train.weights import read_config
 
 TREATMENT = ["injected", "anchor", "average"]

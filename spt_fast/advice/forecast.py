@@ -22,8 +22,8 @@ import pandas as pd
 from spt_fast.advice.result import AtBudget, HeldOut, Outcome, Standing
 from spt_fast.errors import DataError, RecipeError, SptError
 from spt_fast.laws import ExtrapolationWarning, MixtureRepetitionLaw, OpenError, OverfittingLaw, PostFinetuneLaw
+from spt_fast.quantities import amount
 from spt_fast.study.finetunes import Interval
-from spt_fast.study.words import amount
 
 Before = OverfittingLaw | MixtureRepetitionLaw
 Fitted = tuple[PostFinetuneLaw, HeldOut | None]

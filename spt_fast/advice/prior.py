@@ -28,7 +28,7 @@ import numpy as np
 
 from spt_fast.fields import parse_count
 from spt_fast.laws import DataConstrainedLaw
-from spt_fast.study.words import percent, times
+from spt_fast.quantities import percent, times
 
 BEST_EPOCHS, FEWEST_EPOCHS, MOST_EPOCHS = 17, 10, 33
 """Epochs at SPT's published best shares."""

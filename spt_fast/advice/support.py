@@ -8,8 +8,8 @@ from spt_fast.advice.evidence import Evidence
 from spt_fast.advice.forecast import FEWEST_BUDGETS, FEWEST_POINTS
 from spt_fast.advice.prior import SAYS, outside
 from spt_fast.advice.result import Asked, Decision, Share, Standing, Support
+from spt_fast.quantities import amount, number, percent
 from spt_fast.study.finetunes import plainest
-from spt_fast.study.words import amount, number, percent
 
 NEAR = 1.5
 """The factor up to which a question outside the runs still counts as within them."""

@@ -20,8 +20,8 @@ import pandas as pd
 from spt_fast.advice.prior import GAP_CLOSED
 from spt_fast.advice.result import Account, BreakEven, Larger, Tax
 from spt_fast.laws.chinchilla import FLOPS_PER_PARAMETER_AND_TOKEN
+from spt_fast.quantities import amount, percent
 from spt_fast.study.finetunes import Interval
-from spt_fast.study.words import amount, percent
 
 FLOPS_PER_SERVED = FLOPS_PER_PARAMETER_AND_TOKEN / 3
 """FLOPs per parameter and served token: the forward pass alone."""

@@ -14,7 +14,7 @@ from spt_fast.advice.prior import PUBLISHED_RUNS, Prior
 from spt_fast.advice.result import Advice, BreakEven, Decision, Distance, Share, Tax
 from spt_fast.advice.support import UNITS, beyond
 from spt_fast.printing import print_grid
-from spt_fast.study.words import amount, number, percent
+from spt_fast.quantities import amount, number, percent
 
 BASIS = {
     "laws": "by laws fitted to the runs",

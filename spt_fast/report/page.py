@@ -27,6 +27,7 @@ from spt_fast.advice.result import Advice
 from spt_fast.files import write_text
 from spt_fast.laws import LawWarning
 from spt_fast.outputs import check_output, head
+from spt_fast.quantities import amount
 from spt_fast.report import sections
 from spt_fast.report.decision import answer, best_by_budget, by_sizes, compared, decide, with_shares
 from spt_fast.report.tables import behind, law_rows, provenance, run_columns, run_rows
@@ -38,7 +39,6 @@ from spt_fast.study.fits import Fitted, fit_laws
 from spt_fast.study.runs_table import read_table
 from spt_fast.study.tasks import TaskTable, task_tables, with_results
 from spt_fast.study.usable import UsableRows, usable
-from spt_fast.study.words import amount
 
 
 def report(

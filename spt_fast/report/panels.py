@@ -19,11 +19,11 @@ import pandas as pd
 from markupsafe import Markup
 
 from spt_fast.laws import Law
+from spt_fast.quantities import amount, percent
 from spt_fast.study.crossover import ARMS, THRESHOLD, Crossover, Subset
 from spt_fast.study.curves import Curve
 from spt_fast.study.drawing import PLAIN, Axes, Figure, FuncFormatter, LogLocator, NullFormatter, mpl
 from spt_fast.study.figures import NPT_COLOUR, SPT_COLOURS
-from spt_fast.study.words import amount, percent
 
 PAPER, INK, GRID, MUTED = "#ffffff", "#1c2024", "#ededed", "#80868d"
 """Placeholders in the SVG that become the page's variables."""

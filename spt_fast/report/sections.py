@@ -8,6 +8,7 @@ from functools import partial
 
 import pandas as pd
 
+from spt_fast.quantities import amount, percent
 from spt_fast.report import panels
 from spt_fast.report.decision import RunsDecision, TableRow, by_sizes, compared, titled, with_shares
 from spt_fast.report.panels import Panel, panel
@@ -21,7 +22,6 @@ from spt_fast.study.finetunes import Treatment, every_finetune
 from spt_fast.study.fits import Fitted
 from spt_fast.study.tasks import COLUMNS, TaskTable, cells, title_of
 from spt_fast.study.usable import UsableRows
-from spt_fast.study.words import amount, percent
 
 
 @dataclass(frozen=True)

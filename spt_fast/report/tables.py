@@ -11,11 +11,11 @@ from typing import Any
 import pandas as pd
 
 from spt_fast import __version__
+from spt_fast.quantities import amount, percent
 from spt_fast.study.behind import Behind
 from spt_fast.study.findings import error_of, group_name, r2_of
 from spt_fast.study.fits import Fitted
 from spt_fast.study.settings import SETTINGS, with_settings
-from spt_fast.study.words import amount, percent
 
 
 def law_rows(fits: Sequence[Fitted]) -> list[list[str]]:

@@ -25,8 +25,8 @@ from scipy.special import ndtri, stdtrit
 
 from spt_fast.errors import DataError, invalid
 from spt_fast.laws.columns import ALIKE, Array, require_columns
+from spt_fast.quantities import amount
 from spt_fast.study.usable import with_average
-from spt_fast.study.words import amount
 
 ARMS = ("pretrained", "scratch", "embeddings", "frozen embeddings")
 NEEDED = (

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from spt_fast.printing import print_grid, print_table
+from spt_fast.quantities import amount
 from spt_fast.study.behind import Behind, rests_on
 from spt_fast.study.compare import JUDGED, ArmFigures, Comparison, Tried, Verdict
 from spt_fast.study.finetunes import Interval, Treatment, compared_with
 from spt_fast.study.fits import Errors, Fits, Fitted, Score
 from spt_fast.study.tasks import COLUMNS, cells, title_of
-from spt_fast.study.words import amount
 
 # --------------------------------------------------------------------------------------------------------- comparisons
 

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from spt_fast.quantities import amount, percent, three_digits
 from spt_fast.study.settings import beaten
-from spt_fast.study.words import amount, percent, three_digits
 
 
 class Sizes(NamedTuple):

@@ -25,11 +25,11 @@ from spt_fast.files import write_text
 from spt_fast.laws import IdentificationWarning, Law, LawWarning
 from spt_fast.outputs import check_folder, check_output, is_json_with
 from spt_fast.printing import as_json
+from spt_fast.quantities import amount
 from spt_fast.study import views
 from spt_fast.study.behind import Behind
 from spt_fast.study.crossover import Crossover, asks_for_crossover, crossovers
 from spt_fast.study.usable import UsableRows, usable
-from spt_fast.study.words import amount
 
 Split = Callable[[pd.DataFrame], list[pd.Series]]
 """Returns masks of rows; the rows of each mask are predicted from all others."""
