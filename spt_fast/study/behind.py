@@ -46,9 +46,9 @@ class Behind:
     @classmethod
     def least(cls, known: Iterable[Behind]) -> Behind:
         """The fewest documents and tokens, the largest error."""
+        every = list(known)
         documents, tokens, errors = (
-            [value for one in known if (value := getattr(one, name)) is not None]
-            for known in [list(known)]
+            [value for one in every if (value := getattr(one, name)) is not None]
             for name in ("documents", "tokens", "standard_error")
         )
         return cls(min(documents, default=None), min(tokens, default=None), max(errors, default=None))

@@ -153,14 +153,15 @@ class Finetune:
         )
 
     def as_json(self) -> dict[str, Any]:
-        inner = ("treatment", "domain_select", "pretraining", "setting", "pretrain_setting")
-        figures = {name: value for name, value in vars(self).items() if name not in inner}
-        figures = {
-            name: value
-            for name, value in figures.items()
-            if value is not None or not name.endswith(("base", "_behind", "later"))
-        }
-        return {**self.treatment._asdict(), **figures, "forgetting": self.forgetting}
+        inner = ("domain_select", "pretraining", "setting", "pretrain_setting")
+        figures = _beside_treatment(self, if_known=("base", "_behind", "later"))
+        return {name: value for name, value in figures.items() if name not in inner} | {"forgetting": self.forgetting}
+
+
+def _beside_treatment(of: Finetune | ArmFigures | Tried, if_known: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields with those of the treatment in its place; if_known: endings of fields that are left out if None."""
+    figures = {name: value for name, value in vars(of).items() if value is not None or not name.endswith(if_known)}
+    return {**figures.pop("treatment")._asdict(), **figures}
 
 
 Arm = dict[int, Finetune]
@@ -222,12 +223,7 @@ class ArmFigures:
     general_later: Figure | None = None
 
     def as_json(self) -> dict[str, Any]:
-        figures = {
-            name: value
-            for name, value in vars(self).items()
-            if name != "treatment" and (value is not None or not name.endswith("later"))
-        }
-        return {**self.treatment._asdict(), **figures}
+        return _beside_treatment(self, if_known=("later",))
 
 
 @dataclass(frozen=True)
@@ -303,10 +299,7 @@ class Tried:
     """Whether the arm uses the runs of this setting."""
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            **self.treatment._asdict(),
-            **{name: value for name, value in vars(self).items() if name != "treatment"},
-        }
+        return _beside_treatment(self)
 
 
 @dataclass(frozen=True, kw_only=True)
