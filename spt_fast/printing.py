@@ -181,6 +181,11 @@ def print_table(console: Console, title: str, columns: Sequence[str], rows: Iter
     console.print(table)
 
 
+def print_fields(console: Console, title: str, columns: Sequence[str], items: Iterable[object]) -> None:
+    """`print_table` with a row for each item: these fields of it."""
+    print_table(console, title, columns, [[getattr(item, column) for column in columns] for item in items])
+
+
 def _width(headings: Sequence[str], cells: Sequence[Sequence[str]], names: Sequence[bool], longest: int) -> int:
     """The width of a table whose names are cut to `longest`."""
     width = 1 + 3 * len(headings)  # the lines between the columns

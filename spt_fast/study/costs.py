@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from spt_fast.errors import SptWarning
-from spt_fast.printing import print_facts, print_table
+from spt_fast.printing import print_facts, print_fields
 from spt_fast.quantities import duration
 from spt_fast.study.jobs import Local, is_done
 from spt_fast.study.study import Study
@@ -166,8 +166,7 @@ def _speed(plan: Plan, finished: Sequence[PlannedRun], *, jobs: int, gpu: str | 
 def print_price(price: StudyPrice, study: str, console: Console) -> None:
     """Print a row for each stage and for all of them, then the time and cost."""
     columns = [field.name for field in dataclasses.fields(Cost)]
-    rows = [[getattr(cost, column) for column in columns] for cost in (*price.stages, price.total)]
-    print_table(console, f"{study}: remaining runs", columns, rows)
+    print_fields(console, f"{study}: remaining runs", columns, (*price.stages, price.total))
     wall = None if price.wall_hours is None else duration(3600 * price.wall_hours)
     source = None if price.speed_from is None else said_speed(price.speed_from)
     facts = {"runs at a time": price.jobs, "wall time": wall, "cost": price.cost, "speed from": source}

@@ -20,7 +20,7 @@ from rich.console import Console
 from spt_fast.config import Recipe
 from spt_fast.errors import RecipeError, SptWarning
 from spt_fast.model.memory import CHECKPOINTING
-from spt_fast.printing import print_note, print_table
+from spt_fast.printing import print_fields, print_note
 from spt_fast.progress import Line, Screen
 from spt_fast.quantities import duration
 from spt_fast.train.doubts import doubts, warn
@@ -130,7 +130,7 @@ def _look_at_folder(recipe: Recipe, resume: bool) -> None:
 
 def print_trials(trials: Sequence[Trial], console: Console) -> None:
     columns = ["phase", "loss", "step_s", "peak_bytes", "estimated_bytes", "hours"]
-    print_table(console, "dry run", columns, [[getattr(trial, column) for column in columns] for trial in trials])
+    print_fields(console, "dry run", columns, trials)
     print_note(console, f"precision: {trials[0].precision}")
     console.print(f"all phases at this speed: {duration(3600 * sum(trial.hours for trial in trials))}")
 

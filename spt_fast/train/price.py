@@ -30,7 +30,7 @@ from spt_fast.model.flops import (
 )
 from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS, Memory, Step
 from spt_fast.model.parameters import hidden_matrices
-from spt_fast.printing import print_facts, print_table
+from spt_fast.printing import print_facts, print_fields, print_table
 from spt_fast.quantities import duration, percent, size
 from spt_fast.train.doubts import doubts, warn
 from spt_fast.train.engines import uses_deepspeed
@@ -406,8 +406,7 @@ def print_plan(recipe: Path, phases: Sequence[PhaseFigures], price: Price, conso
     ]
     headings = [column.replace("_", " ") for column in columns]
     print_table(console, str(recipe), ["phase", "window", "steps", "source", *headings], rows)
-    columns = ["phase", "arms", "tokens", "step_s", "hours", "evaluation_hours"]
-    print_table(console, "time", columns, [[getattr(time, column) for column in columns] for time in price.times])
+    print_fields(console, "time", ["phase", "arms", "tokens", "step_s", "hours", "evaluation_hours"], price.times)
 
     by_distribution: dict[tuple[int, str], list[PricedWay]] = {}
     for way in price.ways:
@@ -422,11 +421,9 @@ def print_plan(recipe: Path, phases: Sequence[PhaseFigures], price: Price, conso
             for distribution, ways in by_distribution.items()
         ],
     )
-    columns = ["checkpointing", "step_s", "hours", "cost"]
-    undivided = price.ways[: len(CHECKPOINTING)]
     if price.hours is not None:
-        rows = [[getattr(way, column) for column in columns] for way in undivided]
-        print_table(console, "hours by checkpointing", columns, rows)
+        undivided = price.ways[: len(CHECKPOINTING)]
+        print_fields(console, "hours by checkpointing", ["checkpointing", "step_s", "hours", "cost"], undivided)
     parts = next(way.bytes for way in price.ways if way.recipe)
     names = ("parameters", "matmul_parameters", "flops_per_token", "tokens", "flops", "evaluation_flops", "precision")
     facts = {name: getattr(price, name) for name in (*names, "gpus", "gpu", "gpu_memory_bytes", "peak_flops", "mfu")}
