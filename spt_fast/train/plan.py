@@ -168,9 +168,7 @@ class Plan:
     @property
     def texts(self) -> dict[str, TokenDataset]:
         """Every dataset, by recipe field."""
-        return {f"sources.{name}.train": data for name, data in self.train.items()} | {
-            f"sources.{name}.heldout": data for name, data in self.heldout.items()
-        }
+        return _by_field(self.train, self.heldout)
 
     def digests(self) -> dict[str, str]:
         """Digests of the content of every dataset, the tokenizer and the starting weights, by recipe field."""
@@ -313,6 +311,11 @@ class Plan:
         return found
 
 
+def _by_field(train: Mapping[str, TokenDataset], heldout: Mapping[str, TokenDataset]) -> dict[str, TokenDataset]:
+    kinds = {"train": train, "heldout": heldout}
+    return {f"sources.{name}.{kind}": data for kind, texts in kinds.items() for name, data in texts.items()}
+
+
 def _overlap(heldout: TokenDataset, train: TokenDataset) -> Overlap:
     """Cached, since every run of a study may make a plan, and the text is read for it."""
     key = heldout.digest, train.digest
@@ -393,17 +396,16 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: BaseTokenizer | None
         if source.heldout:
             with naming(f"sources.{name}.heldout"):
                 heldout[name] = open_source(source, "heldout")
-    datasets = [(f"sources.{name}.train", data) for name, data in train.items()]
-    datasets += [(f"sources.{name}.heldout", data) for name, data in heldout.items()]
+    texts = _by_field(train, heldout)
     if recipe.init:
-        tokenizer = _that_of_the_weights(recipe, datasets, tokenizer)
-    _check_tokenizers(datasets, tokenizer)
-    if tokenizer and (made := [data for _, data in datasets if data.tokenizer_digest == tokenizer.digest]):
+        tokenizer = _that_of_the_weights(recipe, texts, tokenizer)
+    _check_tokenizers(texts, tokenizer)
+    if tokenizer and (made := [data for data in texts.values() if data.tokenizer_digest == tokenizer.digest]):
         tokenizer.eos_id, tokenizer.bos_id = made[0].eos_id, made[0].bos_id
-    model = _model_config(recipe, tokenizer, [data for _, data in datasets])
+    model = _model_config(recipe, tokenizer, texts)
     if recipe.init:  # else the context was known at reading
         check_lengths(recipe, model.context)
-    for where, data in datasets:
+    for where, data in texts.items():
         if data.max_id is not None and data.max_id >= model.vocab_size:
             raise unknown_id(recipe, where, data, data.max_id, model)
 
@@ -420,7 +422,7 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: BaseTokenizer | None
         except RecipeError as error:
             raise RecipeError(f"{where}.mixture: {error}") from None
         untied = not model.tied or any(earlier.untie for earlier in recipe.phases[: index + 1])
-        _check_phase(phase, where, datasets, untied=untied, heldout=bool(heldout), tokenizer=tokenizer)
+        _check_phase(phase, where, texts, untied=untied, heldout=bool(heldout), tokenizer=tokenizer)
         phases.append(PhasePlan(index, phase, mixture, steps, context, rings))
     return Plan(recipe, model, tokenizer, init_digest, train, heldout, tuple(phases))
 
@@ -446,7 +448,7 @@ def _check_batch(phase: Phase, where: str, world: int) -> None:
 def _check_phase(
     phase: Phase,
     where: str,
-    datasets: list[tuple[str, TokenDataset]],
+    texts: Mapping[str, TokenDataset],
     *,
     untied: bool,
     heldout: bool,
@@ -461,7 +463,7 @@ def _check_phase(
     if phase.evaluation.samples and not (tokenizer and heldout):
         missing = "a tokenizer to decode text with; name the data's in `tokenizer`" if heldout else "held-out text"
         raise RecipeError(f"{where}.eval.samples: needs {missing}, or write 0")
-    for field, data in datasets if phase.documents else ():
+    for field, data in texts.items() if phase.documents else ():
         if data.document_ends is None:
             raise DataError(
                 f"{field}: {data.path} records no documents, which {where}.documents needs; set it to false, "
@@ -479,7 +481,7 @@ def unknown_id(recipe: Recipe, where: str, data: TokenDataset, id_: int, model: 
 
 
 def _that_of_the_weights(
-    recipe: Recipe, datasets: list[tuple[str, TokenDataset]], tokenizer: BaseTokenizer | None
+    recipe: Recipe, texts: Mapping[str, TokenDataset], tokenizer: BaseTokenizer | None
 ) -> BaseTokenizer | None:
     """The recipe's tokenizer, else the one beside the weights that `init` names; RecipeError if these were trained with
     another one than the recipe's or a dataset's."""
@@ -491,7 +493,7 @@ def _that_of_the_weights(
         if carrier := carrier_of(weights):
             hf.stop_ids(carrier)  # read again where texts are generated, after training
     given = [(f"the recipe's tokenizer {recipe.tokenizer}", tokenizer.digest)] if tokenizer else []
-    given += [(where, data.tokenizer_digest) for where, data in datasets if data.tokenizer_digest]
+    given += [(where, data.tokenizer_digest) for where, data in texts.items() if data.tokenizer_digest]
     for by, digest in given:
         if known and digest != known:
             remedy = f"prepare the data with theirs (`tokenizer={place}`)" if place else "prepare the data with theirs"
@@ -506,9 +508,9 @@ def _that_of_the_weights(
     return tokenizer or (theirs if theirs and theirs.digest == known else None)
 
 
-def _check_tokenizers(datasets: list[tuple[str, TokenDataset]], tokenizer: BaseTokenizer | None) -> None:
+def _check_tokenizers(texts: Mapping[str, TokenDataset], tokenizer: BaseTokenizer | None) -> None:
     expected, by = (tokenizer.digest, "the recipe's tokenizer") if tokenizer else (None, "")
-    for where, data in datasets:
+    for where, data in texts.items():
         if data.tokenizer_digest is None:
             continue
         if expected is None:
@@ -518,7 +520,7 @@ def _check_tokenizers(datasets: list[tuple[str, TokenDataset]], tokenizer: BaseT
                 f"{where}: {data.path} was made with another tokenizer ({data.tokenizer_digest[:12]}) than {by} "
                 f"({expected[:12]}); prepare it again with this run's tokenizer"
             )
-    known = [(where, data) for where, data in datasets if data.eos_id is not None]
+    known = [(where, data) for where, data in texts.items() if data.eos_id is not None]
     for where, data in known[1:]:
         for name in ("eos_id", "bos_id"):
             if (this := getattr(data, name)) != (first := getattr(known[0][1], name)):
@@ -528,7 +530,7 @@ def _check_tokenizers(datasets: list[tuple[str, TokenDataset]], tokenizer: BaseT
                 )
 
 
-def _model_config(recipe: Recipe, tokenizer: BaseTokenizer | None, datasets: list[TokenDataset]) -> GPTConfig:
+def _model_config(recipe: Recipe, tokenizer: BaseTokenizer | None, texts: Mapping[str, TokenDataset]) -> GPTConfig:
     given = {k: v for k, v in dataclasses.asdict(recipe.model).items() if v is not None}
     if recipe.init:
         with naming("init"):
@@ -546,7 +548,7 @@ def _model_config(recipe: Recipe, tokenizer: BaseTokenizer | None, datasets: lis
         return config
 
     if "vocab_size" not in given:
-        sizes = [tokenizer.vocab_size] if tokenizer else [data.vocab_size for data in datasets if data.vocab_size]
+        sizes = [tokenizer.vocab_size] if tokenizer else [data.vocab_size for data in texts.values() if data.vocab_size]
         if not sizes:
             raise RecipeError(
                 "model.vocab_size: missing; no dataset records one, so name the tokenizer or the vocabulary size"
