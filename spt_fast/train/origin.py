@@ -22,7 +22,7 @@ from spt_fast.model import hf
 from spt_fast.train import checkpoint
 from spt_fast.train.folder import is_run, recipe_of, summary_of
 from spt_fast.train.state import SavedState
-from spt_fast.train.weights import locate
+from spt_fast.train.weights import is_checkpoint, locate
 
 _KEY = "spt_fast"
 """Of the metadata."""
@@ -189,31 +189,41 @@ def _with_ends(origin: Origin, recipe: Recipe) -> Origin:
 def origin_of(path: Path) -> Origin:
     """The origin of the weights at `path`: a run, its weights/<phase>, a checkpoint or a Hugging Face folder."""
     path = locate(path)
+    if is_checkpoint(path):
+        return _of_checkpoint(path)
+    if (stated := hf.read_metadata(path).get(_KEY)) is not None:
+        return _read(stated, path)
     run = run_of(path)
-    if (path / "manifest.json").exists():
-        state = SavedState.read(checkpoint.read(path), path)
-        phase = recipe_of(run).phases[state.train.phase] if run else None
-        documents, context = (phase.documents, phase.window(state.model.context)) if phase else (None, None)
-        known = Origin(state.data.get("tokenizer"), documents, state.compute.dtype, context=context)
-        return _with_ends(known, recipe_of(run)) if run else known
-    metadata = hf.read_metadata(path)
-    if _KEY in metadata:
-        try:
-            known = json.loads(metadata[_KEY])
-            for name, kind in _KINDS.items():
-                value = known.get(name)
-                if value is not None and (type(value) is not kind or (isinstance(value, int) and value < 0)):
-                    raise ValueError(f"{name} is {shown(value)}")
-            known["merged"] = [Part.read(part) for part in known.get("merged", ())]
-            known["history"] = History.read(known.get("history"))
-            return Origin(**{field.name: known.get(field.name) for field in fields(Origin)})
-        except (ValueError, AttributeError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{path}: its metadata is damaged ({error}); copy it again") from None
     summary = summary_of(run) if run else None
     if run is None or summary is None:
         return Origin()
     documents = next((phase.documents for phase in recipe_of(run).phases if phase.name == path.name), None)
     return Origin(summary.get("tokenizer"), documents, summary.get("precision"))
+
+
+def _of_checkpoint(path: Path) -> Origin:
+    state = SavedState.read(checkpoint.read(path), path)
+    known = Origin(state.data.get("tokenizer"), dtype=state.compute.dtype)
+    if (run := run_of(path)) is None:
+        return known
+    recipe = recipe_of(run)
+    phase = recipe.phases[state.train.phase]
+    return _with_ends(replace(known, documents=phase.documents, context=phase.window(state.model.context)), recipe)
+
+
+def _read(stated: str, path: Path) -> Origin:
+    """From the metadata of the weights at `path`. CheckpointError if it is damaged."""
+    try:
+        known = json.loads(stated)
+        for name, kind in _KINDS.items():
+            value = known.get(name)
+            if value is not None and (type(value) is not kind or (isinstance(value, int) and value < 0)):
+                raise ValueError(f"{name} is {shown(value)}")
+        known["merged"] = [Part.read(part) for part in known.get("merged", ())]
+        known["history"] = History.read(known.get("history"))
+        return Origin(**{field.name: known.get(field.name) for field in fields(Origin)})
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: its metadata is damaged ({error}); copy it again") from None
 
 
 def with_history(path: Path) -> Origin:

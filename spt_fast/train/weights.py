@@ -22,10 +22,15 @@ from spt_fast.train.lineage import weights_digest
 from spt_fast.train.state import SavedState
 
 
+def is_checkpoint(weights: Path) -> bool:
+    """Whether located weights are a run's checkpoint; else they are a Hugging Face folder."""
+    return (weights / "manifest.json").exists()
+
+
 def read_config(path: Path) -> GPTConfig:
     """The shape of the weights at `path`; CheckpointError if there are none."""
     path = locate(path)
-    if (path / "manifest.json").exists():
+    if is_checkpoint(path):
         return SavedState.read(checkpoint.read(path), path).model
     return hf.read_config(path)
 
@@ -39,7 +44,7 @@ def stored_weights(path: Path) -> tuple[GPTConfig, Mapping[str, Tensor]]:
     """Shape and weights at `path`, fp32 on the CPU, each read when needed; for a run, those of its last finished phase.
     CheckpointError if some are missing."""
     path = locate(path)
-    if not (path / "manifest.json").exists():
+    if not is_checkpoint(path):
         return hf.stored_weights(path, torch.float32)
     return read_config(path), checkpoint.load(path)["current"].weights
 
@@ -47,8 +52,7 @@ def stored_weights(path: Path) -> tuple[GPTConfig, Mapping[str, Tensor]]:
 def stored_dtype(path: Path) -> torch.dtype:
     """The dtype of the weights at `path`; float32 if their tensors differ in it."""
     path = locate(path)
-    is_checkpoint = (path / "manifest.json").exists()
-    return torch.float32 if is_checkpoint else hf.stored_weights(path)[1].like["embedding"].dtype
+    return torch.float32 if is_checkpoint(path) else hf.stored_weights(path)[1].like["embedding"].dtype
 
 
 def load_model(path: Path) -> GPT:
