@@ -222,29 +222,8 @@ def _decide(
     arms: list[BaseArm], own: pd.DataFrame, table: UsableRows, asked: Asked
 ) -> tuple[BaseArm, BaseDecision, list[str]]:
     """The chosen arm, the decision, and notes on it."""
-    before, rise, notes = float(own["general_before"].mean()), asked.max_general_rise, []
-    measured = [arm for arm in arms if arm.general]
-    if rise is not None and not (measured and math.isfinite(before)):
-        raise DataError(NO_GENERAL_BEFORE if measured else NO_GENERAL, argument=True)
-    if not measured:
-        chosen, why = arms[0], "the lowest domain loss; the general loss was not measured"
-    elif rise is None:
-        most = max(arms[0].domain.high, (1 + GIVEN_UP) * arms[0].domain.mean)
-        free = [arm for arm in measured if arm.domain.low <= most]
-        chosen = min(free, key=_general, default=arms[0])
-        near = f"end within {percent(GIVEN_UP)} of the lowest domain loss"
-        if chosen.domain.mean > (1 + GIVEN_UP) * arms[0].domain.mean:
-            near += ", or have a seed that ends no higher than all seeds of the arm with the lowest"
-        why = f"the lowest general loss of the arms that {near}"
-    else:
-        limit = (1 + rise) * before
-        allowed = [arm for arm in measured if _general(arm) <= limit]
-        chosen = allowed[0] if allowed else min(measured, key=_general)
-        why = f"the lowest domain loss of the arms whose final general loss is {limit:.4f} or less"
-        if not allowed:
-            why = f"the lowest general loss, since no arm ends at {limit:.4f} or less"
-    if min(arm.seeds for arm in arms) < 2:
-        notes.append("with one seed it is unknown how much of the differences is chance")
+    before, rise = float(own["general_before"].mean()), asked.max_general_rise
+    chosen, why = _choose(arms, before, rise)
     plain = not (chosen.anchor or chosen.average)  # as the runs that the laws are fitted to
     share = _by_law(table, own, asked, before) if plain and rise is not None else None
     replay = chosen.replay if share is None else _rest(share)
@@ -259,11 +238,29 @@ def _decide(
         )
     else:
         says += f"by the D-CPT laws the lowest domain loss while the general loss rises by at most {percent(rise or 0)}"
-    return (
-        chosen,
-        _decision(replay, chosen.anchor, chosen.average, asked, "seen" if share is None else "laws", says),
-        notes,
-    )
+    decided = _decision(replay, chosen.anchor, chosen.average, asked, "seen" if share is None else "laws", says)
+    one_seed = ["with one seed it is unknown how much of the differences is chance"]
+    return chosen, decided, one_seed if min(arm.seeds for arm in arms) < 2 else []
+
+
+def _choose(arms: list[BaseArm], before: float, rise: float | None) -> tuple[BaseArm, str]:
+    """The arm to take, and why. before: the general loss of the base; rise: how far it may be exceeded, as a share."""
+    measured = [arm for arm in arms if arm.general]
+    if rise is not None and not (measured and math.isfinite(before)):
+        raise DataError(NO_GENERAL_BEFORE if measured else NO_GENERAL, argument=True)
+    if not measured:
+        return arms[0], "the lowest domain loss; the general loss was not measured"
+    if rise is None:
+        most = max(arms[0].domain.high, (1 + GIVEN_UP) * arms[0].domain.mean)
+        chosen = min((arm for arm in measured if arm.domain.low <= most), key=_general, default=arms[0])
+        near = f"end within {percent(GIVEN_UP)} of the lowest domain loss"
+        if chosen.domain.mean > (1 + GIVEN_UP) * arms[0].domain.mean:
+            near += ", or have a seed that ends no higher than all seeds of the arm with the lowest"
+        return chosen, f"the lowest general loss of the arms that {near}"
+    limit = (1 + rise) * before
+    if allowed := [arm for arm in measured if _general(arm) <= limit]:
+        return allowed[0], f"the lowest domain loss of the arms whose final general loss is {limit:.4f} or less"
+    return min(measured, key=_general), f"the lowest general loss, since no arm ends at {limit:.4f} or less"
 
 
 def _by_law(table: UsableRows, own: pd.DataFrame, asked: Asked, before: float) -> float | None:

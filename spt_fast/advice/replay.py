@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal
 
 import pandas as pd
 
@@ -71,32 +70,27 @@ def choose(
     """The replay for the chosen regime and share: from finetunes with several shares of general data, else from the
     forgetting law, else the published one. limit: the highest general loss to end with, or None."""
     before, after = (evidence.general_of(chosen) if evidence else None) or (None, None)
-    found = by_law = None
     if limit is None and len(effects) > 1:
-        found = costless(effects)
         says = "the share with the lowest general loss among those run that cost nothing in the domain"
-    elif limit is not None and after is not None:
-        found = least_within(effects, after, limit)
+        return Replay(costless(effects).injected, "seen", says, effects)
+    if limit is not None and after is not None and (found := least_within(effects, after, limit)):
         says = f"the smallest share run that keeps the general loss under {limit:.4f}"
-    if not found and limit is not None and before is not None and table is not None and evidence is not None:
+        return Replay(found.injected, "seen", says, effects)
+    if limit is not None and before is not None and table is not None and evidence is not None:
         by_law = _by_forgetting_law(table, params or evidence.params, domain_tokens, limit - before)
-    if not found and by_law is None and limit is not None and len(effects) > 1:
-        found = min(effects, key=lambda effect: effect.general)
+        if by_law is not None:
+            says = (
+                f"by the forgetting law of finetunes after the least domain text, for a general loss under {limit:.4f}"
+            )
+            return Replay(by_law, "law", says, effects)
+    if limit is not None and len(effects) > 1:
         says = f"the share with the lowest general loss among those run; it is still above {limit:.4f}"
-    share: float
-    basis: Literal["seen", "law", "published"]
-    if found:
-        share, basis = found.injected, "seen"
-    elif by_law is not None:
-        share, basis = by_law, "law"
-        says = f"by the forgetting law of finetunes after the least domain text, for a general loss under {limit:.4f}"
-    elif chosen.regime == "SPT":
-        share, basis = 0.0, "published"
+        return Replay(min(effects, key=lambda effect: effect.general).injected, "seen", says, effects)
+    if chosen.regime == "SPT":
         says = "in published runs SPT without replay beat plain pretraining with any replay"
-    else:
-        share, basis = REPLAY, "published"
-        says = "in published runs 1% stopped forgetting at no cost in domain loss"
-    return Replay(share, basis, says, effects)
+        return Replay(0.0, "published", says, effects)
+    says = "in published runs 1% stopped forgetting at no cost in domain loss"
+    return Replay(REPLAY, "published", says, effects)
 
 
 def _by_forgetting_law(table: UsableRows, params: int, domain_tokens: int, rise: float) -> float | None:
