@@ -296,16 +296,14 @@ def _join(given: Prefix, dtype: str | np.dtype | type[np.integer] | None) -> Tok
         raise DataError(f"{what}: names a file twice, maybe by a link; name every shard once")
     first = shards[0]
     _refuse_mixed(what, prefixes, shards)
-    ends, starts = [shard.document_ends for shard in shards], np.cumsum([0, *(shard.num_tokens for shard in shards)])
+    starts = np.cumsum([0, *(shard.num_tokens for shard in shards)]).tolist()
+    of_shards = zip((shard.document_ends for shard in shards), starts, strict=False)
+    ends = [own + start for own, start in of_shards if own is not None]
     return replace(
         first,
         path=what,
         tokens=_joined(shards),
-        document_ends=None
-        if any(end is None for end in ends)
-        else np.concatenate(
-            [end + start for end, start in zip(ends, starts.tolist(), strict=False) if end is not None]
-        ),
+        document_ends=np.concatenate(ends) if len(ends) == len(shards) else None,
         digest=sha256_of([shard.digest for shard in shards]) if len(shards) > 1 else first.digest,
         modified_ns=max(shard.modified_ns for shard in shards),
         num_bytes=_of_all(sum, [shard.num_bytes for shard in shards]),
