@@ -57,6 +57,10 @@ def parse_share(value: object, where: str) -> Fraction:
     return share
 
 
+def rounded_share(value: object, where: str) -> float:
+    return float(parse_share(value, where))
+
+
 @dataclass(frozen=True)
 class Span:
     """A stretch of training: a number of steps, of tokens, or a share of the phase."""

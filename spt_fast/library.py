@@ -217,20 +217,19 @@ def plan(
         >>> spt.plan("recipe.yaml", gpus=8, gpu="H100", per_gpu_hour=2.5).price.cost
     """
     from spt_fast.config import as_recipe
-    from spt_fast.fields import integer, number, parse_share
+    from spt_fast.fields import integer, number, rounded_share
     from spt_fast.train import price as pricing
     from spt_fast.train.plan import make_plan
     from spt_fast.train.precision import precision_of
     from spt_fast.train.world import launched_processes, pick_device
 
     loaded, gpus = as_recipe(recipe), _parsed(integer(1), gpus, "gpus") or launched_processes()
-    memory, share = _parsed(pricing.parse_bytes, gpu_memory, "gpu_memory"), _parsed(parse_share, mfu, "mfu")
+    memory, share = _parsed(pricing.parse_bytes, gpu_memory, "gpu_memory"), _parsed(rounded_share, mfu, "mfu")
     per_hour = _parsed(number(0), per_gpu_hour, "per_gpu_hour")
     made = make_plan(loaded, world=gpus)
     here = None if gpu else precision_of(loaded, pick_device(), made.model)
     machine = pricing.Machine.of(loaded, gpus=gpus, gpu=gpu, memory=memory, precision=here)
-    run, given = _place(mfu_from, "mfu_from"), None if share is None else float(share)
-    speed = pricing.speed_of(made, machine, mfu=given, run=run)
+    speed = pricing.speed_of(made, machine, mfu=share, run=_place(mfu_from, "mfu_from"))
     return Planned(made.describe(), pricing.price(made, machine, speed, per_gpu_hour=per_hour))
 
 

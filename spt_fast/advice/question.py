@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from spt_fast.advice.result import Asked
 from spt_fast.errors import RecipeError, invalid, nearest
-from spt_fast.fields import parse_count, parse_share
+from spt_fast.fields import optional, parse_count, rounded_share
 from spt_fast.model.flops import matmul_parameters, parameters
 from spt_fast.model.gpt import GPTConfig
 from spt_fast.model.presets import PRESETS
@@ -67,10 +67,8 @@ def ask(
             budget=parse_count(budget, "budget"),
             model=model,
             params=params,
-            inference_tokens=None if inference_tokens is None else parse_count(inference_tokens, "inference_tokens"),
-            max_general_rise=None
-            if max_general_rise is None
-            else float(parse_share(max_general_rise, "max_general_rise")),
+            inference_tokens=optional(parse_count)(inference_tokens, "inference_tokens"),
+            max_general_rise=optional(rounded_share)(max_general_rise, "max_general_rise"),
         )
     except RecipeError as error:
         error.argument = True

@@ -85,9 +85,9 @@ SkipBad = Annotated[bool, typer.Option(help="Skip and count broken lines instead
 
 def share(given: str | None, flag: str) -> float | None:
     """40% as a fraction; None stays None. Raises RecipeError."""
-    from spt_fast.fields import optional, parse_share
+    from spt_fast.fields import optional, rounded_share
 
-    return optional(lambda text, where: float(parse_share(text, where)))(given, flag)
+    return optional(rounded_share)(given, flag)
 
 
 def is_first() -> bool:
