@@ -26,7 +26,6 @@ REDUCTIONS = ["mean", "sum", "none"]
 ROUNDINGS = 3
 EVERYWHERE = backends_and_dtypes("reference", "cpu", "triton")
 IN_FLOAT32 = [(backend, dtype) for backend, dtype in EVERYWHERE if dtype == torch.float32]
-IN_HALF = list({backend: (backend, dtype) for backend, dtype in EVERYWHERE if dtype != torch.float32}.values())
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import fcntl
 import json
 import os
@@ -125,8 +124,3 @@ class Browser:
 
     def requested(self) -> list[str]:
         return [params["request"]["url"] for method, params in self.events if method == "Network.requestWillBeSent"]
-
-    def screenshot(self, path: Path) -> None:
-        """Write the whole page as a PNG."""
-        taken = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(taken["data"]))
