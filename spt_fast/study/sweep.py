@@ -39,17 +39,14 @@ from spt_fast.train.trackers import check_installed
 from spt_fast.train.weights import digest_of
 
 
-def sweep(
-    study: Study, console: Console, *, workers: Workers | None = None, jobs: int | None = None
-) -> tuple[pd.DataFrame, Outcome]:
+def sweep(study: Study, console: Console, *, workers: Workers | None = None) -> tuple[pd.DataFrame, Outcome]:
     """Train the unfinished runs of a study; returns its state, with the table of all finished runs.
 
-    `workers` train the runs, by default this machine with `jobs` at a time. Raises RecipeError, DataError or
-    CheckpointError.
+    `workers` train the runs, by default this machine. Raises RecipeError, DataError or CheckpointError.
     """
     runs = expand(study)
     check_installed(runs[0].recipe.log.to)
-    workers = workers or Local(len(runs), jobs)
+    workers = workers or Local(len(runs))
     with owned(study.folder, "study", inherited=True):  # until the last run has ended, even if the sweep was killed
         check_place(study.folder)
         check(study, runs)
