@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from spt_fast.config import Recipe
 from spt_fast.data.mixture import Mixture
 from spt_fast.data.ring import Ring
 from spt_fast.data.shards import TokenDataset
@@ -104,28 +106,11 @@ class _Reading:
 def _reading_of(run: Path) -> _Reading:
     """From the run's records. DataError if the text is not the text that was read, or if it is missing and an earlier
     version recorded too little."""
-    recipe, summary = recipe_of(run), summary_of(run)
+    recipe = recipe_of(run)
+    texts, context, tokens, windows = _recorded(run, recipe)
     read = {source: dict[int, int]() for source in recipe.sources}
-    if summary and summary["status"] == "done":
-        texts = recorded_texts(recipe, summary.get("data", {}), run, summary.get("directory") or "")
-        context, tokens = summary.get("context") or read_config(run).context, summary.get("train_tokens", {})
-        finished = {name: phase["windows"] for name, phase in summary["phases"].items()}
-    elif found := checkpoint.newest(run / "checkpoints"):
-        saved = SavedState.read(found.state, found.path)
-        texts, state = recorded_texts(recipe, saved.data, found.path, saved.directory), saved.train
-        recorded = {name: saved.texts.get(f"sources.{name}.train") for name in recipe.sources}
-        context, tokens = saved.model.context, {name: text.tokens for name, text in recorded.items() if text}
-        finished = {name: phase.windows for name, phase in state.finished.items()}
-        under_way = recipe.phases[state.phase]
-        drawn = Mixture(under_way.mixture).counts(state.step * under_way.batch.sequences)
-        finished[under_way.name] = {
-            source: [before, before + drawn.get(source, 0)] for source, before in state.counts.items()
-        }
-    else:
-        plan = make_plan(recipe)
-        context, tokens, finished, texts = plan.model.context, {}, {}, plan.train
     for phase in recipe.phases:
-        for source, (_, end) in finished.get(phase.name, {}).items():
+        for source, (_, end) in windows.get(phase.name, {}).items():
             read[source][phase.window(context)] = end
     for name, source in recipe.sources.items():
         if name not in tokens and name not in texts:
@@ -139,3 +124,25 @@ def _reading_of(run: Path) -> _Reading:
         },
         texts,
     )
+
+
+def _recorded(run: Path, recipe: Recipe) -> tuple[dict[str, TokenDataset], int, dict[str, int], dict[str, Any]]:
+    """The texts that still exist, the model's context, the tokens of each source, and by phase, as far as one was
+    trained, the first window of each source and the first one after it."""
+    summary = summary_of(run)
+    if summary and summary["status"] == "done":
+        texts = recorded_texts(recipe, summary.get("data", {}), run, summary.get("directory") or "")
+        windows = {name: phase["windows"] for name, phase in summary["phases"].items()}
+        context = summary.get("context") or read_config(run).context
+        return texts, context, summary.get("train_tokens", {}), windows
+    if (found := checkpoint.newest(run / "checkpoints")) is None:
+        plan = make_plan(recipe)
+        return plan.train, plan.model.context, {}, {}
+    saved = SavedState.read(found.state, found.path)
+    texts, state = recorded_texts(recipe, saved.data, found.path, saved.directory), saved.train
+    known = {name: saved.texts.get(f"sources.{name}.train") for name in recipe.sources}
+    under_way = recipe.phases[state.phase]
+    drawn = Mixture(under_way.mixture).counts(state.step * under_way.batch.sequences)
+    here = {source: [before, before + drawn.get(source, 0)] for source, before in state.counts.items()}
+    windows = {name: phase.windows for name, phase in state.finished.items()} | {under_way.name: here}
+    return texts, saved.model.context, {name: text.tokens for name, text in known.items() if text}, windows
