@@ -12,9 +12,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -153,48 +154,62 @@ def train_all(
     RecipeError, or RuntimeError, has the end of the run's log. After SIGINT or SIGTERM the running ones are saved too.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    loaded = {job.recipe: load_recipe(job.recipe) for job in jobs}
-    waiting = [job for job in jobs if not _is_made(loaded[job.recipe])]
-    unfinished = {job.recipe for job in waiting}
-    running: dict[Path, Process] = {}
-    outcome = Outcome()
+    queue = _Queue(jobs, logs, workers, keep_going)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        stack.callback(_stop_all, running)
-        display = stack.enter_context(_Display(loaded, unfinished, console))
-        while (waiting or running) and not stop():
-            for job in list(waiting):
-                if job.after in outcome.failed or job.after in outcome.skipped:
-                    waiting.remove(job)
-                    outcome.skipped.append(job.recipe)
-                elif job.after and job.after not in unfinished and _is_made(loaded[job.recipe]):
-                    waiting.remove(job)  # a run that trains for several has also made this one
-                    unfinished.remove(job.recipe)
-                    ended(job.recipe)
-                elif job.after not in unfinished and workers.free:
-                    waiting.remove(job)
-                    running[job.recipe] = workers.start(job.recipe, _log(logs, job.recipe))
-            for recipe, process in list(running.items()):
-                code = process.poll()
-                if code is None:
-                    continue
-                del running[recipe]
-                if code == 0:
-                    unfinished.remove(recipe)
-                elif not stop():
-                    outcome.failed[recipe] = _end_of(_log(logs, recipe))
-                    if code == USERS_MISTAKE or not keep_going:
-                        error = RecipeError if code == USERS_MISTAKE else RuntimeError
-                        raise error(f"{recipe}: failed with exit code {code}\n  {outcome.failed[recipe]}")
+        stack.callback(_stop_all, queue.running)
+        display = stack.enter_context(_Display(queue.recipes, queue.unfinished, console))
+        while (queue.waiting or queue.running) and not stop():
+            for recipe in chain(queue.start(), queue.collect(stop)):
                 ended(recipe)
-            display.show(running, unfinished)
+            display.show(queue.running, queue.unfinished)
             time.sleep(POLL_EVERY_S)
-        outcome.interrupted = bool(waiting or running)
-    return outcome
+        queue.outcome.interrupted = bool(queue.waiting or queue.running)
+    return queue.outcome
 
 
-def _log(logs: Path, recipe: Path) -> Path:
-    return logs / f"{recipe.stem}.log"
+class _Queue:
+    """The jobs of `train_all` that are not finished."""
+
+    def __init__(self, jobs: Sequence[Job], logs: Path, workers: Workers, keep_going: bool) -> None:
+        self.recipes = {job.recipe: load_recipe(job.recipe) for job in jobs}
+        self.waiting = [job for job in jobs if not _is_made(self.recipes[job.recipe])]
+        self.unfinished = {job.recipe for job in self.waiting}
+        self.running: dict[Path, Process] = {}
+        self.outcome = Outcome()
+        self._logs, self._workers, self._keep_going = logs, workers, keep_going
+
+    def start(self) -> Iterator[Path]:
+        """Start the jobs that can start now. Yields those that a run which trains for several has also made."""
+        for job in list(self.waiting):
+            if job.after in self.outcome.failed or job.after in self.outcome.skipped:
+                self.waiting.remove(job)
+                self.outcome.skipped.append(job.recipe)
+            elif job.after and job.after not in self.unfinished and _is_made(self.recipes[job.recipe]):
+                self.waiting.remove(job)
+                self.unfinished.remove(job.recipe)
+                yield job.recipe
+            elif job.after not in self.unfinished and self._workers.free:
+                self.waiting.remove(job)
+                self.running[job.recipe] = self._workers.start(job.recipe, self._log(job.recipe))
+
+    def collect(self, stop: Callable[[], bool]) -> Iterator[Path]:
+        """Yields the jobs that have ended by now. Raises for a failure that stops all."""
+        for recipe, process in list(self.running.items()):
+            if (code := process.poll()) is None:
+                continue
+            del self.running[recipe]
+            if code == 0:
+                self.unfinished.remove(recipe)
+            elif not stop():
+                self.outcome.failed[recipe] = _end_of(self._log(recipe))
+                if code == USERS_MISTAKE or not self._keep_going:
+                    error = RecipeError if code == USERS_MISTAKE else RuntimeError
+                    raise error(f"{recipe}: failed with exit code {code}\n  {self.outcome.failed[recipe]}")
+            yield recipe
+
+    def _log(self, recipe: Path) -> Path:
+        return self._logs / f"{recipe.stem}.log"
 
 
 def _end_of(log: Path) -> str:
