@@ -98,17 +98,8 @@ def price(
     Opens every dataset and checks every recipe, so that errors are found before the training. Raises what `make_plan`
     raises.
     """
-    runs = len(expand(study))
-    at_a_time = Local(runs, jobs).jobs if gpu is None else min(jobs or 1, runs)
-    stages, longest_hours, sources = _priced(study, jobs=at_a_time, gpu=gpu, mfu=mfu)
-    return StudyPrice(stages, at_a_time, per_gpu_hour, longest_hours, "; ".join(sources) or None)
-
-
-def _priced(
-    study: Study, *, jobs: int, gpu: str | None, mfu: float | None
-) -> tuple[list[Cost], float | None, list[str]]:
-    """The costs, the hours of the longest chain of runs, and where the speeds come from."""
     runs = expand(study)
+    jobs = Local(len(runs), jobs).jobs if gpu is None else min(jobs or 1, len(runs))
     check(study, runs)
     plans = {}
     for run in runs:
@@ -130,10 +121,11 @@ def _priced(
             cost = _cost(run.name, plans[run.name], speeds[run.model])
             chains[run.name] = _sum([cost.hours, chains.get(run.after or "", 0.0)])
         costs[run.stage].append(cost)
-    found = [_total(stage.axes.name, of_stage) for stage, of_stage in zip(study.stages, costs, strict=True)]
+    stages = [_total(stage.axes.name, of_stage) for stage, of_stage in zip(study.stages, costs, strict=True)]
     known = [hours for hours in chains.values() if hours is not None]
     longest_hours = max(known, default=0.0) if len(known) == len(chains) else None
-    return found, longest_hours, list(dict.fromkeys(speed.source for speed in speeds.values()))
+    sources = dict.fromkeys(speed.source for speed in speeds.values())
+    return StudyPrice(stages, jobs, per_gpu_hour, longest_hours, "; ".join(sources) or None)
 
 
 def _cost(name: str, plan: Plan, speed: Speed) -> Cost:
