@@ -47,6 +47,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.4g}%"
 
 
+def signed(figure: float, digits: int) -> str:
+    """With decimals, and a true minus sign below 0."""
+    return f"{figure:.{digits}f}".replace("-", "−")
+
+
 def flops(number: float) -> str:
     """1.78e18 FLOPs."""
     digits, _, exponent = f"{number:.2e}".partition("e")

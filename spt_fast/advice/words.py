@@ -14,7 +14,7 @@ from spt_fast.advice.prior import PUBLISHED_RUNS, Prior
 from spt_fast.advice.result import Advice, BreakEven, Decision, Distance, Share, Tax
 from spt_fast.advice.support import UNITS, beyond
 from spt_fast.printing import print_grid
-from spt_fast.quantities import amount, number, percent
+from spt_fast.quantities import amount, number, percent, signed
 
 BASIS = {
     "laws": "by laws fitted to the runs",
@@ -91,7 +91,7 @@ def share_cells(share: Share) -> list[str]:
         number(share.epochs),
         str(share.domain),
         str(share.general) if share.general else "n/a",
-        "n/a" if share.forgetting is None else f"{share.forgetting:.4f}".replace("-", "−"),
+        "n/a" if share.forgetting is None else signed(share.forgetting, 4),
         f"{share.best_in:.0%}",
     ]
 
@@ -122,7 +122,7 @@ def _print_base_advice(advice: BaseAdvice, console: Console) -> None:
         headings = ("general text", "anchor", "average", "epochs", "domain loss", "general loss", "forgetting", "seeds")
         table = _table(f"runs from {advice.base}", *headings)
         for arm in advice.arms:
-            rise = "n/a" if arm.forgetting is None else f"{arm.forgetting.mean:.4f}".replace("-", "−")
+            rise = "n/a" if arm.forgetting is None else signed(arm.forgetting.mean, 4)
             losses = (f"{loss.mean:.4f}" if loss else "n/a" for loss in (arm.domain, arm.general))
             how = (percent(arm.replay), f"{arm.anchor:g}", percent(arm.average), number(arm.epochs))
             table.add_row(*how, *losses, rise, str(arm.seeds))

@@ -22,10 +22,10 @@ from spt_fast.advice.result import Advice, Asked
 from spt_fast.advice.words import BASIS, certainty, costs, headline, share_cells
 from spt_fast.errors import RecipeError, counted
 from spt_fast.laws import DCPTLaw, LawWarning, OpenError, best_ratio
-from spt_fast.quantities import amount, percent, three_digits, times
+from spt_fast.quantities import amount, percent, signed, three_digits, times
 from spt_fast.study.behind import Behind, rests_on
 from spt_fast.study.compare import Arms, Comparison, Finetune, Verdict, compare_finetunes, judge
-from spt_fast.study.findings import arm_cells, error_of, later, multiplier, signed
+from spt_fast.study.findings import arm_cells, error_of, later, multiplier
 from spt_fast.study.finetunes import SIZES, Interval, Sizes, Treatment
 from spt_fast.study.fits import Fitted
 from spt_fast.study.settings import SETTINGS, with_settings

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spt_fast.printing import print_grid, print_table
-from spt_fast.quantities import amount
+from spt_fast.quantities import amount, signed
 from spt_fast.study.behind import Behind, rests_on
 from spt_fast.study.compare import JUDGED, ArmFigures, Comparison, Tried, Verdict
 from spt_fast.study.finetunes import Interval, Treatment, compared_with
@@ -87,11 +87,6 @@ def _with_spread(over: Interval | None, plus_minus: str, digits: int = 3) -> str
     return signed(over.mean, digits) + (
         f"{plus_minus}{(over.high - over.low) / 2:.{digits}f}" if over.high > over.low else ""
     )
-
-
-def signed(figure: float, digits: int) -> str:
-    """The figure with its sign, a true minus sign included."""
-    return f"{figure:.{digits}f}".replace("-", "−")
 
 
 def findings(comparison: Comparison) -> list[str]:
