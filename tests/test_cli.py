@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shlex
@@ -375,6 +376,20 @@ def test_help_shows_no_type_of_python(monkeypatch: pytest.MonkeyPatch, capsys: p
         cli.app([*words.split(), "--help"], standalone_mode=False)
         shown = capsys.readouterr().out
         assert not re.search(r"<\w+|…\}|\[default: no-", shown), shown
+
+
+def test_train_prints_its_summary_and_a_dry_run_its_trials_as_json(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", str(recipe), "--set", "phases.pretrain.tokens=512", "--json"]
+    cli.app([*words, "--dry-run"], standalone_mode=False)
+    (trial,) = json.loads(capsys.readouterr().out)
+    assert trial["phase"] == "pretrain"
+    assert trial["step_s"] > 0
+    cli.app(words, standalone_mode=False)
+    summary = json.loads(capsys.readouterr().out)
+    assert summary == json.loads((Path(spt.load_recipe(recipe).run) / "summary.json").read_text())
+    assert summary["status"] == "done"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

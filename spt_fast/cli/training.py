@@ -133,6 +133,7 @@ def train(
     dry_run: Annotated[
         bool, Option(help="Check everything and try two steps of every phase, without writing.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Train all phases of a recipe."""
     with nullcontext() if dry_run else StopRequest():  # the run takes over a signal that comes while torch is imported
@@ -144,7 +145,7 @@ def train(
         if dry_run:
             trials = trying.dry_run(loaded, resume=resume, verify=verify)
             if is_first():
-                trying.print_trials(trials, out)
+                print_json(trials) if as_json else trying.print_trials(trials, out)
             return
         trained = spt.train(loaded, resume=resume, verify=verify)
     if trained.status == "stopped":
@@ -152,7 +153,7 @@ def train(
     if trained.status == "failed":
         raise RuntimeError(trained.reason) if is_first() else FailedElsewhere(trained.reason)
     if is_first():
-        print_summary(loaded, trained.summary, terminal(lasting=True))
+        print_json(trained.summary) if as_json else print_summary(loaded, trained.summary, terminal(lasting=True))
 
 
 @app.command(
