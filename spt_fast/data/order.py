@@ -47,9 +47,10 @@ class SampleOrder:
         return source[order], start[order]
 
     def counts(self, step: int) -> dict[str, int]:
-        """Windows of each source consumed before `step` starts, earlier phases included."""
+        """Windows of each source consumed before `step` starts, earlier phases included, also of sources that only
+        earlier phases read."""
         drawn = self.mixture.counts(step * self.sequences)
-        return {name: self.start_counts[name] + drawn[name] for name in self.mixture.sources}
+        return {**self.start_counts, **{name: self.start_counts[name] + drawn[name] for name in self.mixture.sources}}
 
 
 def check_every_source_is_drawn(mixture: Mixture, samples: int) -> None:

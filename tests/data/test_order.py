@@ -64,6 +64,14 @@ def test_a_new_phase_goes_on_where_the_last_one_stopped() -> None:
     assert Counter(read) == Counter((name, first.rings[name].start(k)) for name in "ab" for k in range(totals[name]))
 
 
+def test_a_source_that_a_phase_leaves_out_keeps_its_count() -> None:
+    first = order({"a": "0.9", "b": "0.1"}, 8)
+    between = order({"b": 1}, 8, first.counts(5), phase=1)
+    assert between.counts(3) == {"a": 36, "b": 4 + 3 * 8}
+    last = order({"a": 1, "b": 1}, 8, between.counts(3), phase=2)
+    assert last.counts(1) == {"a": 36 + 4, "b": 28 + 4}
+
+
 def test_the_order_in_a_batch_depends_on_seed_phase_and_step() -> None:
     def orders(plan: SampleOrder, step: int) -> tuple[int, ...]:
         ranks = {window: i for i, window in enumerate(sorted(set(named(plan, step))))}
