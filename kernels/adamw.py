@@ -71,8 +71,8 @@ def adamw_step(
 
     All tensors have param's shape, any strides (kernels copy non-contiguous ones) and any floating dtypes. step, lr,
     grad_scale and skip may be 0-d tensors on param's device. step is the number of this update, from 1.
-    ValueError: shapes that differ, a step below 1 (a tensor's isn't read), an anchor_decay without anchor, or a backend
-    that cannot run for these tensors.
+    ValueError: shapes that differ, a step below 1, a number that is negative or not finite, or a beta of 1 or more (a
+    tensor's value isn't read), an anchor_decay without anchor, or a backend that cannot run for these tensors.
     """
     adamw_step_all(
         [param],
@@ -141,6 +141,14 @@ def adamw_step_all(
         raise ValueError(invalid("adamw_step_all(decayed)", decayed, expected))
     if not isinstance(step, Tensor) and step < 1:
         raise ValueError(invalid("adamw_step(step)", step, "the number of this update, from 1"))
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(invalid("adamw_step(betas)", betas, "give two numbers, at least 0 and below 1"))
+    numbers = {"eps": eps, "weight_decay": weight_decay, "anchor_decay": anchor_decay}
+    if not isinstance(lr, Tensor):
+        numbers["lr"] = lr
+    for name, value in numbers.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(invalid(f"adamw_step({name})", value, "it must be finite and at least 0"))
     if anchors is None and anchor_decay != 0:
         raise ValueError(invalid("adamw_step(anchor_decay)", anchor_decay, "it needs an anchor; give `anchor`"))
     if not params:

@@ -385,6 +385,19 @@ def test_bad_arguments_are_refused() -> None:
         adamw_step(theta, m, m, v, step=1, lr=LR, anchor_decay=0.1)
     with pytest.raises(ValueError, match=r"adamw_step\(step\): 0 is invalid: the number of this update, from 1"):
         adamw_step(theta, m, m, v, step=0, lr=LR)  # its bias corrections would divide by 0
+    before = theta.clone()
+    for name, given in [
+        ("betas", (1.0, 0.95)),  # its bias correction is 0 at every step
+        ("betas", (0.9, -0.1)),
+        ("betas", (0.9, 0.95, 0.99)),
+        ("eps", -1e-8),
+        ("weight_decay", float("nan")),
+        ("anchor_decay", -0.1),
+        ("lr", float("inf")),
+    ]:
+        with pytest.raises(ValueError, match=rf"adamw_step\({name}\): .* is invalid"):
+            adamw_step(theta, m, m, v, step=1, **{"lr": LR, "anchor": before, name: given})
+    assert torch.equal(theta, before)
 
 
 def test_every_launch_is_compiled_ahead_of_time() -> None:
