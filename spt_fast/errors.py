@@ -113,5 +113,19 @@ def invalid(field: str, given: object, expected: str) -> str:
 def nearest(given: str, known: Iterable[str]) -> str:
     """A tail for an error message: the known name closest to `given`, or the list of them all."""
     known = sorted(known)
-    close = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known: {cut(', '.join(known), 5 * SHOWN)}"
+    meant = closest(given, known)
+    return f"did you mean {meant!r}?" if meant is not None else f"known: {cut(', '.join(known), 5 * SHOWN)}"
+
+
+def closest(given: str, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant, in capitals or not; None if none is near."""
+    by_case = {name.casefold(): name for name in known}
+    close = difflib.get_close_matches(given.casefold(), by_case, n=1)
+    return by_case[close[0]] if close else None
+
+
+def among(given: object, known: Iterable[str]) -> str:
+    """What is expected of a value that has to be one of these names, and the name that was probably meant."""
+    known = list(known)
+    meant = closest(str(given), known)
+    return f"write one of {', '.join(known)}{'' if meant is None else f'; did you mean {meant!r}?'}"

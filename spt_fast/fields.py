@@ -7,7 +7,6 @@ name the field, the value given and the remedy.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any, TypeVar
 import yaml
 
 from spt_fast.data.mixture import exact_share
-from spt_fast.errors import RecipeError, SptError, cut, invalid, nearest, shown, shown_key, shown_path
+from spt_fast.errors import RecipeError, SptError, among, cut, invalid, nearest, shown, shown_key, shown_path
 from spt_fast.files import NO_USER, check_regular, expanded, settled
 from spt_fast.synonyms import unknown_key
 
@@ -190,9 +189,7 @@ def paths(value: object, where: str) -> str | tuple[str, ...]:
 def one_of(*choices: str) -> Callable[[object, str], str]:
     def parse(value: object, where: str) -> str:
         if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise RecipeError(invalid(where, value, f"write one of {', '.join(choices)}{meant}"))
+            raise RecipeError(invalid(where, value, among(value, choices)))
         return str(value)
 
     return parse

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from spt_fast.errors import RecipeError, invalid
+from spt_fast.errors import RecipeError, among, invalid
 from spt_fast.fields import boolean, build, integer, number, one_of, optional, setting
 from spt_fast.model.families import FAMILIES, PLAIN, family_of
 from spt_fast.model.presets import PRESETS
@@ -208,7 +208,7 @@ class GPTConfig:
         RecipeError for an unknown name or field.
         """
         if name not in PRESETS:
-            raise RecipeError(invalid("model.preset", name, f"write one of {', '.join(PRESETS)}"))
+            raise RecipeError(invalid("model.preset", name, among(name, PRESETS)))
         known = {field.name for field in fields(cls)}
         for field in overrides:
             if field not in known:

@@ -151,7 +151,9 @@ def test_preset_overrides() -> None:
 
 
 def test_wrong_presets_are_refused_with_those_that_exist() -> None:
-    with pytest.raises(RecipeError, match=r"'125m' is invalid: write one of 1m, .* 124m, "):
+    with pytest.raises(RecipeError, match=r"'125m' is invalid: write one of 1m, .* 124m, .*; did you mean '124m'\?"):
         GPTConfig.preset("125m")
+    with pytest.raises(RecipeError, match=r"did you mean '10m'\?"):
+        GPTConfig.preset("10M")
     with pytest.raises(RecipeError, match=r"model\.widht.*'width'"):
         GPTConfig.preset("10m", widht=64)
