@@ -71,7 +71,8 @@ def _obstacle(phase: Phase) -> str:
     """Why a phase can't be made longer: its finished steps would have been different."""
     schedule = phase.schedule
     if phase.grid or phase.stop:
-        return f"{'a grid' if phase.grid else 'an early stop'} has ended it; add a phase instead"
+        chose = "its grid" if phase.grid else "early stopping"
+        return f"{chose} has chosen its weights, which need not be the last ones; add a phase instead"
     if not schedule.carry_on and schedule.name != "constant" and not schedule.horizon:
         return f"its {schedule.name} schedule decays to the phase's end; add a phase instead"
     if schedule.warmup.unit == "share" and schedule.warmup.amount:

@@ -71,7 +71,7 @@ def test_changes_without_effect_on_results_are_allowed(
         ({"phases.0.name": "first"}, r"phases\.0\.name: pretrain → first \(its weights and figures are stored"),
         ({"phases.0.tokens": 40 * STEP}, r"phases\.0\.tokens: 3840 → 5120 \(only the last phase can be made longer"),
         ({"phases.1.tokens": 4 * STEP}, r"phases\.1\.tokens: 1024 → 512 \(only the last phase can be made longer, and"),
-        ({"phases.1.tokens": "9K"}, r"phases\.1\.tokens: 1024 → 9000 \(a grid has ended it; add a phase instead"),
+        ({"phases.1.tokens": "9K"}, r"phases\.1\.tokens: 1024 → 9000 \(its grid has chosen its weights"),
         ({"seed": 5}, r"seed: 0 → 5 \(it is fixed at the start"),
         ({"precision": "fp32"}, r"precision: auto → fp32 \(it is fixed at the start"),
         ({"engine": {"fp8": True}}, r"engine\.fp8: False → True \(it is fixed at the start"),
@@ -107,7 +107,10 @@ SCHEDULES: list[tuple[dict[str, Any], str]] = [
     ({"schedule": {"name": "constant", "warmup": "10%"}}, "its warm-up is a share of the phase"),
     ({"schedule": {"name": "cosine"}}, "its cosine schedule decays to the phase's end; add a phase instead"),
     ({"schedule": {"name": "wsd"}}, "its wsd schedule decays to the phase's end"),
-    ({"schedule": {"name": "constant"}, "stop": {"on": "chem"}}, "an early stop has ended it"),
+    (
+        {"schedule": {"name": "constant"}, "stop": {"on": "chem"}},
+        "early stopping has chosen its weights, which need not be the last ones; add a phase",
+    ),
 ]
 
 
