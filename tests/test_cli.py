@@ -98,7 +98,8 @@ def test_a_full_disk_while_the_recipe_is_written_leaves_no_files(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("spt_fast.files.sync", full_disk)
-        assert "No space left on device" in said_on_failure(patch, capsys, "train", recipe)
+        said = said_on_failure(patch, capsys, "train", recipe)
+    assert f"{recipe.parent / 'run' / 'recipe.yaml'}: No space left on device" in said
     assert list(recipe.parent.glob("run/*")) == []
 
 
