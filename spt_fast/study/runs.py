@@ -210,7 +210,7 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
         return {
             "domain (the largest share of the last phase)": run.domain,
             "general source": run.general,
-            "tokenizer": Content(run.recipe.tokenizer, run.summary.get("tokenizer")),
+            "tokenizer": Content(run.recipe.tokenizer or "the base's", run.summary.get("tokenizer")),
             "model": {key: value for key, value in shape.items() if value is not None},
             "base": Content(base, first.summary.get("data", {}).get("init")) if base else None,
             f"sources.{run.domain}.heldout": Content.of(run, run.domain, "heldout"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,12 @@ def test_several_bases_are_trained_and_named_in_the_table(folder: Path) -> None:
         assert (figures.domain_before, figures.general_before) == (before["chem"], before["general"])
     with pytest.raises(RecipeError, match=r"cannot be compared: base is .*small_one .* in one and .*large"):
         compare([small[0], Path(runs[2].recipe.run)])
+    tokenized = [Path(shutil.copytree(small[0], folder / f"tokenizer {digit}")) for digit in "ef"]
+    for digit, copy in zip("ef", tokenized, strict=True):
+        summary = json.loads((copy / "summary.json").read_text())
+        (copy / "summary.json").write_text(json.dumps(summary | {"tokenizer": 64 * digit}))
+    with pytest.raises(RecipeError, match=r"tokenizer is the base's \(e{12}\) in one and the base's \(f{12}\) in the"):
+        compare(tokenized)
     mixed = table.assign(params=1.0)  # as if they had the same size
     assert any("different base" in note for note in usable(mixed).notes)
     assert not any("different base" in note for note in usable(table).notes)
