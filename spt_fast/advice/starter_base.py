@@ -189,6 +189,12 @@ class FromBase(Sizing):
     def rate(self) -> float:
         return float(f"{min(LARGEST_RATE, RATE_OF_1B * (1e9 / self.parameters) ** 0.5):.1g}")
 
+    @property
+    def study_tokens(self) -> int | None:
+        """Tokens of a run of the study; None if that is over half of the training."""
+        tokens = max(two_digits(self.tokens / STUDY_PART), FEWEST_WINDOWS * self.window)
+        return None if tokens > self.tokens / 2 else tokens
+
     # -------------------------------------------------------------------------------------------- the texts
 
     def recipe(self, out: Path, tokenizer: str | os.PathLike[str] | None) -> str:
@@ -197,8 +203,12 @@ class FromBase(Sizing):
         phase = "finetune" if self.finetunes else "continue"
         why = (
             f"{domain.name} is read {times:.2g} times. {exact(1 - self.share)} of {general.name} reduces forgetting, "
-            "most if it is similar to the base's pretraining text. The study finds the best share for your text."
+            "most if it is similar to the base's pretraining text. "
         )
+        if self.study_tokens is None:
+            why += "There is no study beside this recipe: its runs would take over half as long as this one."
+        else:
+            why += "The study finds the best share for your text."
         end = f"at most: it stops when the held-out loss of {domain.name} no longer falls"
         if not self.finetunes:
             end = "as many as the time allows"
@@ -220,9 +230,8 @@ phases:
 
     def study(self, out: Path, tokenizer: str | os.PathLike[str] | None) -> str | None:
         """The text of the study; None if its runs would be over half as long as the training."""
-        domain = self.corpora[1]
-        tokens = max(two_digits(self.tokens / STUDY_PART), FEWEST_WINDOWS * self.window)
-        if tokens > self.tokens / 2:
+        domain, tokens = self.corpora[1], self.study_tokens
+        if tokens is None:
             return None
         unique = max(two_digits(domain.tokens * tokens / self.tokens), 10 * self.window)
         one = replace(self, device=replace(self.device, count=1)).fitted()  # a study trains one run per GPU

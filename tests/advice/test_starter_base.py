@@ -126,6 +126,9 @@ def test_a_run_as_the_base_keeps_its_own_end_and_begin_tokens(
         first = begun(place, tmp_path / "out", 0.1, monkeypatch, init=tmp_path / "run")
     assert (first.model, first.parameters, first.tokens) == ("run", 9520, 200 * CONTEXT)
     assert first.study is None, "its runs would be nearly as long as the training"
+    said = " ".join(first.recipe.read_text().replace("#", " ").split())
+    assert "There is no study beside this recipe" in said
+    assert "The study finds" not in said
     made = TokenDataset.open(load_recipe(first.recipe).sources["chem"].train)
     assert (made.eos_id is not None, made.bos_id) == (True, None), "as the run's, unlike the base's"
 
