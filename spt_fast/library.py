@@ -1,4 +1,4 @@
-"""The library: what `import spt_fast as spt` offers, one call for each command of `spt-fast`.
+"""The library: what `import spt_fast as spt` offers, a call for most commands of `spt-fast` (docs/api.md).
 
     import spt_fast as spt
 
