@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from spt_fast.data.formats import ID_DTYPES
 from spt_fast.data.mixture import Mixture
 from spt_fast.errors import RecipeError, invalid, nearest, shown, shown_key
 from spt_fast.fields import (
@@ -139,7 +140,7 @@ class Source:
     """Prefix of text that is never trained on. Held-out losses are measured on it."""
     limit_tokens: int | None = setting(optional(parse_count), None)
     """Use only the first whole documents of `train`, up to this many tokens."""
-    dtype: str | None = setting(optional(one_of("uint8", "uint16", "uint32", "int32", "int64")), None)
+    dtype: str | None = setting(optional(one_of(*ID_DTYPES)), None)
     """The type of a token id in headerless files."""
 
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from spt_fast.config import Model, load_recipe, recipe_from
+from spt_fast.data.formats import ID_DTYPES
 from spt_fast.data.text import find_files
 from spt_fast.errors import RecipeError, SptError, shown
 from spt_fast.fields import Span, apply_overrides, parse_count, parse_share, parse_yaml, setting, text
@@ -137,6 +138,11 @@ def test_a_partly_given_section_keeps_what_the_phase_before_says(tmp_path: Path)
     path.write_text(yaml.safe_dump(raw))
     second = load_recipe(path, ["phases.finetune.batch.sequences=24"]).phases[1]
     assert (second.batch.sequences, second.batch.micro) == (24, 8)
+
+
+@pytest.mark.parametrize("dtype", ID_DTYPES)
+def test_a_source_may_have_every_type_of_id_that_datasets_can_have(dtype: str) -> None:
+    assert recipe_from(change("sources.chem.dtype", dtype)).sources["chem"].dtype == dtype
 
 
 def test_grid_is_every_combination_in_order() -> None:
