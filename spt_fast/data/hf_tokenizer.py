@@ -119,15 +119,10 @@ class HFTokenizer(BaseTokenizer):
                 eos = eos.get("content")
             if isinstance(eos, list) and eos:
                 eos = eos[0]
-            if isinstance(eos, str):
-                eos_id = self._theirs.token_to_id(eos)
-            elif type(eos) is int and 0 <= eos < self.vocab_size:
-                eos_id = eos
-            elif eos is None:
+            if eos is None:
                 continue
-            else:
-                eos_id = None
-            if eos_id is None:
+            eos_id = self._theirs.token_to_id(eos) if isinstance(eos, str) else eos
+            if type(eos_id) is not int or not 0 <= eos_id < self.vocab_size:
                 raise DataError(f"{where}: {invalid('eos_token', eos, 'a token of ' + file.name)}")
             return eos_id
         return None
