@@ -83,15 +83,25 @@ def replacing(path: Path) -> Iterator[Path]:
             owner = left.name.split(".")[-2]
             if left == temporary or (owner.isdecimal() and not lives(int(owner))):
                 left.unlink(missing_ok=True)
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
-        yield temporary
-        sync(temporary)
-        temporary.replace(path)
-    except BaseException as error:
+        with naming(path, temporary):
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+    except BaseException:
         with suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError) and error.errno and error.filename in (None, temporary, str(temporary)):
-            error.filename = str(path)  # a full disk names no file
+        raise
+
+
+@contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """An OSError names `path` where it names no file, as that of a full disk, or names `temporary`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename in (None, temporary, str(temporary)):
+            error.filename = str(path)
         raise
 
 

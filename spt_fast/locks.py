@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.errors import SptError
-from spt_fast.files import lives
+from spt_fast.files import lives, naming
 
 NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 """The errors of a file system without flock."""
@@ -42,8 +42,9 @@ def locked(file: Path, what: str, *, argument: bool = False, inherited: bool = F
         raise InUse(f"{what}: in use by {who}; wait until it has ended, or stop it", argument=argument)
     try:
         os.set_inheritable(descriptor, inherited)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(_me()).encode(), 0)
+        with naming(file):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(_me()).encode(), 0)
         yield
     finally:
         with suppress(OSError):

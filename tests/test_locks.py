@@ -80,3 +80,14 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic links"), locked(tmp_path / ".lock", "x"):
         pass
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_full_disk_is_reported_with_the_locks_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(locks.os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left") as failure, locked(tmp_path / ".lock", "x"):
+        pass
+    assert failure.value.filename == str(tmp_path / ".lock")
+    assert list(tmp_path.iterdir()) == []
