@@ -106,7 +106,7 @@ _FIRST = ("layers", "width", "heads", "kv_heads", "head_dim")
 _Shape: Any = dataclasses.make_dataclass(
     "_Shape",
     [
-        ("preset", Any, setting(optional(text), None)),
+        ("preset", Any, setting(optional(one_of(*PRESETS)), None)),
         *(
             (item.name, Any, setting(optional(item.metadata["parse"]), None))
             for item in sorted(dataclasses.fields(GPTConfig), key=lambda item: item.name not in _FIRST)

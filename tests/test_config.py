@@ -210,6 +210,7 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("phases.0.optimizer.learning_rate", 1, r"phases\[pretrain\]\.optimizer\.learning_rate: unknown key"),
         ("sede", 1, "sede: unknown key; did you mean 'seed'"),
         ("phases.0.optimizer.LR", 1, r"optimizer\.LR: unknown key; did you mean 'lr'"),
+        ("model.preset", "125m", r"model\.preset: '125m' is invalid: write one of 1m, .*did you mean '124m'"),
         ("phases.0.mixture", {"general": "98%", "chem": "3%"}, r"phases\[pretrain\]\.mixture.*101/100|1\.01"),
         ("phases.0.mixture", {"general": "98%", "chm": "2%"}, r"mixture\.chm: unknown source; did you mean 'chem'"),
         ("phases.0.tokens", "many", r"phases\[pretrain\]\.tokens: 'many' is invalid: write a positive whole number"),

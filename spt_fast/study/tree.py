@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.config import Model, Recipe, check_lengths, recipe_from, recorded_recipe
-from spt_fast.errors import RecipeError, SptError, invalid, shown_key
+from spt_fast.errors import RecipeError, SptError, shown_key
 from spt_fast.fields import Span, naming
-from spt_fast.model.presets import PRESETS
+from spt_fast.model.config import GPTConfig
 from spt_fast.optimizers import parse_optimizer
 from spt_fast.study.study import Base, Stage, Study, Tuned, for_a_name
 from spt_fast.train.lr import PLATEAU, learning_rate
@@ -278,9 +278,7 @@ def _context(model: Model | Base) -> int:
         return model.context
     if model.preset is None:
         raise RecipeError("models: a shape needs a preset, or its context")
-    if model.preset not in PRESETS:
-        raise RecipeError(invalid("models", model.preset, f"write a preset: one of {', '.join(PRESETS)}"))
-    return PRESETS[model.preset]["context"]
+    return GPTConfig.preset(model.preset).context
 
 
 def _short(value: int) -> str:

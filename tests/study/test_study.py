@@ -254,7 +254,7 @@ def test_an_invalid_stage_is_refused(raw: dict[str, Any], stage: int, changes: d
         ({"domain": "chemistry"}, "domain: 'chemistry' is invalid: name a source; did you mean 'chem'"),
         ({"general": "chem"}, "general: 'chem' is the domain too"),
         ({"models": []}, "models: is an empty list"),
-        ({"models": {"preset": "11m"}}, "models: '11m' is invalid: write a preset: one of 1m, 3m"),
+        ({"models": {"preset": "11m"}}, r"models\.preset: '11m' is invalid: write one of 1m, 3m"),
         ({"seeds": 2026}, r"seeds: 2026 is invalid: at most 1000 seeds; write \[2026\]"),
         ({"sources": {"general": "data/general", "chem": {}}}, r"sources\.general: 'data/general' is invalid"),
         ({"checkpoint": "500 steps"}, "checkpoint: '500 steps' is invalid"),
