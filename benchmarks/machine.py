@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 
 PEERS = ("liger-kernel", "cut-cross-entropy", "flashoptim", "torchao", "flash-attn")
@@ -40,7 +42,7 @@ def machine(*packages: str) -> dict[str, Any]:
 
 def version_of(package: str) -> str:
     try:
-        return version(package)
+        return torch.__version__ if package == "torch" else version(package)  # with its build, as +cu130
     except PackageNotFoundError:
         return "absent"
 

@@ -25,6 +25,7 @@ from benchmarks.kernels.harness import (
     table,
     verdict,
 )
+from benchmarks.machine import machine
 from spt_fast.kernels import fp8
 from spt_fast.kernels.persistent import SEPARATE
 
@@ -213,6 +214,13 @@ def test_a_check_finds_what_is_wrong_and_what_differs_from_call_to_call(tmp_path
     assert {row["status"] for row in json.loads(file.read_text())["rows"]} == {"right"}
     with pytest.raises(SystemExit):
         harness.main(lambda _: [lambda: case(ours("ours, triton", lambda x: 2 * x))], "wrong", arguments)
+
+
+def test_figures_name_the_build_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its package says 2.13.0 where torch says 2.13.0+cu130."""
+    monkeypatch.setattr(torch, "__version__", "2.13.0+another")
+    facts = machine("torch", "no-such-package")
+    assert (facts["torch"], facts["no-such-package"]) == ("2.13.0+another", "absent")
 
 
 def test_bench_norm_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
