@@ -250,9 +250,12 @@ def read_config(folder: str | Path) -> GPTConfig:
     """The shape of the model in `folder`: that of its config.json, but with a separate head if the weights hold one
     that differs from the embedding. CheckpointError names what a GPT can't represent."""
     folder = Path(folder)
-    config = hf_config.read_config(folder)
     if (folder / ADAPTER).exists():
-        raise CheckpointError(f"{folder / ADAPTER}: a GPT has no place for an adapter; merge it into the weights")
+        raise CheckpointError(
+            f"{folder / ADAPTER}: a GPT has no place for an adapter; merge it into its base first, as PEFT's "
+            "merge_and_unload does"
+        )
+    config = hf_config.read_config(folder)
     if not config.tied or not any((folder / file).exists() for file in (WEIGHTS, INDEX)):
         return config
     places = _places(folder)

@@ -73,7 +73,8 @@ def audit_document(run: Path, source: str | None, document: int) -> Visits:
             f"document: {data.path} records no documents; leave it out and audit the whole source", argument=True
         )
     if not isinstance(document, Integral) or not 0 <= document < len(ends):
-        expected = f"{source} has documents 0 to {len(ends) - 1}"
+        limited = recipe_of(run).sources[source].limit_tokens is not None
+        expected = f"{source} has documents 0 to {len(ends) - 1}{' within its limit_tokens' if limited else ''}"
         raise DataError(invalid("document", document, expected), argument=True)
     start, end = int(ends[document - 1]) if document else 0, int(ends[document])
     return document_visits(read, start, end)

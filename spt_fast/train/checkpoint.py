@@ -245,7 +245,7 @@ def _damage(folder: Path, name: str, facts: Mapping[str, Any]) -> str | None:
     if not file.exists():
         return f"{name} is missing"
     if (size := file.stat().st_size) != facts["bytes"]:
-        return f"{name} has {counted(size, 'byte')} instead of {facts['bytes']}"
+        return f"{name} has {size:,} instead of {counted(facts['bytes'], 'byte')}"
     return None if _sha256(file) == facts["sha256"] else f"{name} does not match its hash"
 
 

@@ -788,8 +788,11 @@ def test_incomplete_and_wrong_configs_name_the_field(folder: Path) -> None:
         GPT.from_hf(folder)
 
 
-def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_adapter_is_refused(folder: Path, alone: bool) -> None:
     (folder / "adapter_config.json").write_text("{}")
+    if alone:
+        (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"adapter_config\.json: a GPT has no place for an adapter; merge it"):
         GPT.from_hf(folder)
 

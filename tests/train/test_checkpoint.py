@@ -108,7 +108,7 @@ def change_state(path: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "torn": (
         lambda p: (p / "current-00000.safetensors").write_bytes((p / "current-00000.safetensors").read_bytes()[:-9]),
-        "bytes",
+        r"has [0-9,]+ instead of [0-9,]+ bytes",
     ),
     "flipped": (lambda p: flip(p / "best-00000.safetensors"), "best-00000.safetensors does not match its hash"),
     "missing": (lambda p: (p / "best-00000.safetensors").unlink(), "best-00000.safetensors is missing"),
