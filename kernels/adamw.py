@@ -345,9 +345,8 @@ def _kernel(
     HAS_MASTER: tl.constexpr, HAS_ANCHOR: tl.constexpr, HAS_SKIP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    mask = at < N
-    if HAS_SKIP:
-        mask &= tl.load(skip_ptr) == 0
+    updated = tl.where(tl.load(skip_ptr) == 0, N, 0) if HAS_SKIP else N
+    mask = at < updated
     step = tl.load(step_ptr)
     lr = tl.load(lr_ptr)
     grad = tl.load(grad_ptr + at, mask, 0.0).to(tl.float32) * tl.load(grad_scale_ptr)

@@ -133,7 +133,7 @@ def _sum_of_rows(dy_ptr, order_ptr, first, end, D, columns, ROWS: tl.constexpr, 
         for i in tl.static_range(ROWS):
             known = place + i < end
             row = tl.load(order_ptr + place + i, known, 0)
-            total += tl.load(dy_ptr + row * D + columns, (columns < D) & known, 0.0).to(tl.float32)
+            total += tl.load(dy_ptr + row * D + columns, columns < tl.where(known, D, 0), 0.0).to(tl.float32)
     return total
 
 
@@ -174,7 +174,7 @@ def _word_kernel(
             for i in tl.static_range(ROWS):
                 begin = (chunk + i) * CHUNK
                 part = 2 * (chunk + i) + (start > begin)
-                dw += tl.load(part_ptr + part * D + columns, (columns < D) & (begin < end), 0.0)
+                dw += tl.load(part_ptr + part * D + columns, columns < tl.where(begin < end, D, 0), 0.0)
     at = dw_ptr + word * D + columns
     if ADD:
         dw += tl.load(at, columns < D, 0.0)

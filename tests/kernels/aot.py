@@ -17,20 +17,19 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from spt_fast.kernels.backend import OPS
-from spt_fast.kernels.launch import Variant
+from spt_fast.kernels.launch import OPTIONS, Variant
 
 FILES = {op.variants.__module__.rpartition(".")[2]: op.variants for op in OPS.values()}
 """The launches of each file with Triton kernels in it."""
 SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Resources(NamedTuple):
@@ -64,12 +63,12 @@ def compile_for(variant: Variant, arch: int) -> Resources:
     }
     source = ASTSource(variant.kernel, signature, constants, divisible)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "maxnreg": variant.maxnreg}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    said = _said("cuobjdump", "--dump-resource-usage", of=compiled.asm["cubin"])
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options | OPTIONS)
+    said = _said(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", of=compiled.asm["cubin"])
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", said)}
     serialized = None
     if "wgmma.mma_async" in (ptx := compiled.asm["ptx"]):
-        said = _said("ptxas", "-v", f"-arch=sm_{arch}a", "-o", os.devnull, of=ptx.encode())
+        said = _said(get_ptxas(arch).path, "-v", f"-arch=sm_{arch}a", "-o", os.devnull, of=ptx.encode())
         serialized = next(iter(re.findall(r"instructions are serialized due to (.*) in ", said)), None)
     return Resources(usage["REG"], usage["STACK"], compiled.metadata.shared, serialized)
 
@@ -78,7 +77,7 @@ def _said(tool: str, *arguments: str, of: bytes) -> str:
     with tempfile.NamedTemporaryFile() as file:
         file.write(of)
         file.flush()
-        done = subprocess.run([TOOLS / tool, *arguments, file.name], capture_output=True, text=True, check=True)
+        done = subprocess.run([tool, *arguments, file.name], capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 
 

@@ -40,5 +40,5 @@ def test_the_tensors_gpu_is_the_current_one_for_a_launch(monkeypatch: pytest.Mon
     kernel[(2,)](None, there, 3, num_warps=4)
     current.append(1)
     kernel[(2,)](there, 3, num_warps=4)
-    assert launched == [(1, {"num_warps": 4, "grid": (2,), "warmup": False})] * 2
+    assert launched == [(1, {"num_warps": 4, "grid": (2,), "warmup": False, **launch.OPTIONS})] * 2
     assert current == [0, 1]
