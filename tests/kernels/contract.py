@@ -178,6 +178,8 @@ class Contract:
     def test_it_compiles_for_sizes_left_open(self, sample: Sample) -> None:
         if not sample.gradients:
             pytest.skip("takes ten seconds, for tensors of sizes that never change")
+        if torch.__version__ < "2.12" and sample.op == "qkv_attention":
+            pytest.skip("torch 2.11 compiles no autograd.Function with results of sizes left open")
         backends = [backend for backend, _ in self.pairs(sample)]
         self.compiles(sample, "reference" if "reference" in backends else backends[0], dynamic=True)
 
