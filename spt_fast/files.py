@@ -83,7 +83,7 @@ def replacing(path: Path) -> Iterator[Path]:
             owner = left.name.split(".")[-2]
             if left == temporary or (owner.isdecimal() and not lives(int(owner))):
                 left.unlink(missing_ok=True)
-        with naming(path, temporary):
+        with naming_file(path, temporary):
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
             yield temporary
             sync(temporary)
@@ -95,7 +95,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+def naming_file(path: Path, temporary: Path | None = None) -> Iterator[None]:
     """An OSError names `path` where it names no file, as that of a full disk, or names `temporary`."""
     try:
         yield

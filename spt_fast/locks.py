@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.errors import SptError
-from spt_fast.files import lives, naming
+from spt_fast.files import lives, naming_file
 
 NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 """The errors of a file system without flock."""
@@ -42,7 +42,7 @@ def locked(file: Path, what: str, *, argument: bool = False, inherited: bool = F
         raise InUse(f"{what}: in use by {who}; wait until it has ended, or stop it", argument=argument)
     try:
         os.set_inheritable(descriptor, inherited)
-        with naming(file):
+        with naming_file(file):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(_me()).encode(), 0)
         yield
