@@ -9,7 +9,7 @@ imported and collected. It is off until then, and passes over them afterwards.
 Bytecode is kept, whatever the variable says that many containers set: otherwise each of the hundred processes that
 tests start compiles the package again, and pytest rewrites every test and every plugin.
 
-Hypothesis has no deadlines: on a busy machine any example may take long.
+Hypothesis has no deadlines: on a busy machine any example may take long. Its examples are the same in every run.
 
 What is measured here is kept apart from what the user's own runs have measured.
 """
@@ -21,6 +21,8 @@ import tempfile
 from importlib.util import find_spec
 
 import pytest
+
+from tests.seed import SEED
 
 gc.disable()
 
@@ -34,7 +36,9 @@ os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), f"spt-fast-te
 if find_spec("hypothesis"):
     from hypothesis import HealthCheck, settings
 
-    settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile(
+        "busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=SEED == 0
+    )
     settings.load_profile("busy machine")
 
 if os.environ["TRITON_INTERPRET"] == "1" and find_spec("triton"):
