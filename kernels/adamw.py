@@ -143,11 +143,10 @@ def adamw_step_all(
         raise ValueError(invalid("adamw_step(step)", step, "the number of this update, from 1"))
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(invalid("adamw_step(betas)", betas, "give two numbers, at least 0 and below 1"))
-    numbers = {"eps": eps, "weight_decay": weight_decay, "anchor_decay": anchor_decay}
-    if not isinstance(lr, Tensor):
-        numbers["lr"] = lr
+    numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+    numbers |= {"anchor_decay": anchor_decay, "grad_scale": grad_scale}
     for name, value in numbers.items():
-        if not 0 <= value < math.inf:
+        if not isinstance(value, Tensor) and not 0 <= value < math.inf:
             raise ValueError(invalid(f"adamw_step({name})", value, "it must be finite and at least 0"))
     if anchors is None and anchor_decay != 0:
         raise ValueError(invalid("adamw_step(anchor_decay)", anchor_decay, "it needs an anchor; give `anchor`"))

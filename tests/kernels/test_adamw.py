@@ -394,6 +394,7 @@ def test_bad_arguments_are_refused() -> None:
         ("weight_decay", float("nan")),
         ("anchor_decay", -0.1),
         ("lr", float("inf")),
+        ("grad_scale", float("nan")),
     ]:
         with pytest.raises(ValueError, match=rf"adamw_step\({name}\): .* is invalid"):
             adamw_step(theta, m, m, v, step=1, **{"lr": LR, "anchor": before, name: given})
