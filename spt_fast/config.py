@@ -625,9 +625,13 @@ def recorded_recipe(path: Path) -> Recipe:
 
 
 def _built(raw: object) -> Recipe:
+    _check_is_recipe(raw)
+    return build(Recipe, raw, "")
+
+
+def _check_is_recipe(raw: object) -> None:
     if not isinstance(raw, Mapping):
         raise RecipeError(invalid("the recipe", raw, "write keys such as run, model, sources and phases"))
-    return build(Recipe, raw, "")
 
 
 def load_recipe(path: str | Path, overrides: str | Sequence[str] = ()) -> Recipe:
@@ -641,6 +645,7 @@ def load_recipe(path: str | Path, overrides: str | Sequence[str] = ()) -> Recipe
     if isinstance(raw, dict) and "stages" in raw and "phases" not in raw:
         raise RecipeError(f"{path}: is a study, not a recipe; train its runs with `spt-fast sweep`")
     with naming(path):
+        _check_is_recipe(raw)
         apply_overrides(raw, overrides)
         return recipe_from(raw)
 

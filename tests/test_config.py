@@ -326,8 +326,9 @@ def test_a_key_given_twice_and_broken_yaml_name_the_file(tmp_path: Path) -> None
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(tmp_path / "absent.yaml")
     path.write_text("- 1\n")
-    with pytest.raises(RecipeError, match="the recipe"):
-        load_recipe(path)
+    for overrides in ((), ("seed=1",)):
+        with pytest.raises(RecipeError, match=r"r\.yaml: the recipe: \[1\] is invalid"):
+            load_recipe(path, overrides)
     path.write_text("run: {{name}}\n")
     with pytest.raises(RecipeError, match=r"r\.yaml: line 1: a key must be a plain word"):
         load_recipe(path)
