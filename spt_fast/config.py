@@ -613,10 +613,28 @@ def _has_begun(recipe: Recipe) -> bool:
 def recipe_from(raw: object) -> Recipe:
     """A Recipe from plain data, as YAML gives it."""
     recipe = _built(raw)
+    _check_averages(recipe)
     context = recipe.model.context or PRESETS.get(recipe.model.preset, {}).get("context")
     if context:
         check_lengths(recipe, context)
     return recipe
+
+
+def _check_averages(recipe: Recipe) -> None:
+    """RecipeError for an `also_average` with the folder of another, which would not be written, or with its share,
+    whose losses would be recorded twice."""
+    for phase in recipe.phases:
+        runs, shares = {os.path.abspath(recipe.run)}, {phase.average}
+        for i, other in enumerate(phase.also_average):
+            where, folder = f"phases[{phase.name}].also_average[{i}]", os.path.abspath(other.run)
+            if folder in runs:
+                expected = "the run itself, or one before it in the list, has this folder; name another"
+                raise RecipeError(invalid(f"{where}.run", other.run, expected))
+            if other.share in shares:
+                expected = "the phase's `average`, or one before it in the list, is the same; leave it out"
+                raise RecipeError(invalid(f"{where}.share", str(other.share), expected))
+            runs.add(folder)
+            shares.add(other.share)
 
 
 def recorded_recipe(path: Path) -> Recipe:

@@ -150,6 +150,10 @@ def test_runs_that_differ_only_in_their_average_are_trained_once(
     assert audit_run(other).keys() == audit_run(data / "alone-10%").keys()
     again = run(recipe_from(finetune(data, "by-another-10%", average="10%")), resume=True, progress=False)
     assert again["phases"]["finetune"]["arm"] == told(other)["arm"]
+    for share, folder, field in (("30%", data / "x" / ".." / "for-all", "run"), ("0.1", data / "new", "share")):
+        once_more = finetune(data, "for-all", also_average=[*others, {"share": share, "run": str(folder)}])
+        with pytest.raises(RecipeError, match=rf"^phases\[finetune\].also_average\[2\].{field}: .* is invalid"):
+            recipe_from(once_more)
     two = raw_recipe(data, "two", 0)
     two["phases"][1] |= {"also_average": others}
     with pytest.raises(RecipeError, match=r"^phases\[finetune\].also_average: the recipe has several phases"):
