@@ -207,10 +207,11 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
     def facts(run: FinishedRun) -> dict[str, object]:
         first: FinishedRun | Trained = run.pretraining[0] if run.pretraining else run
         base, shape = first.recipe.init, vars(first.recipe.model)
+        tokenizer = run.recipe.tokenizer or ("the base's" if base else "not named")
         return {
             "domain (the largest share of the last phase)": run.domain,
             "general source": run.general,
-            "tokenizer": Content(run.recipe.tokenizer or "the base's", run.summary.get("tokenizer")),
+            "tokenizer": Content(tokenizer, run.summary.get("tokenizer")),
             "model": {key: value for key, value in shape.items() if value is not None},
             "base": Content(base, first.summary.get("data", {}).get("init")) if base else None,
             f"sources.{run.domain}.heldout": Content.of(run, run.domain, "heldout"),

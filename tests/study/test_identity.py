@@ -53,6 +53,8 @@ def test_equal_content_is_comparable_at_any_path_and_different_content_never(tmp
         compare(spt("general", sources__general__heldout="other"))
     with pytest.raises(RecipeError, match=r"tokenizer is bpe\.tiktoken \(t\) in one and bpe\.tiktoken \(u\)"):
         compare(spt("tokenizer", tokenizer="u"))
+    with pytest.raises(RecipeError, match=r"tokenizer is bpe\.tiktoken \(t\) in one and not named \(u\)"):
+        compare(spt("unnamed", {"tokenizer": None}, tokenizer="u"))
     for source in ("code", "general"):
         warnings = compare(spt(f"train-{source}", **{f"sources__{source}__train": "other"})).warnings
         assert any(f"the sources.{source} differs" in warning for warning in warnings)
