@@ -54,13 +54,23 @@ def full_disk(*args: Any, **kwargs: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+class Interrupting:
+    """A field of a class that is interrupted while the class is created."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     "words", [("prepare", "a.jsonl", "--out", "d"), ("tokenizer", "train", "a.jsonl", "--out", "t")]
 )
+@pytest.mark.parametrize("in_a_class", [False, True])
 def test_an_interrupted_command_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], in_a_class: bool
 ) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> None:
+        if in_a_class:
+            type("Imported", (), {"field": Interrupting()})
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"spt_fast.{words[0]}", interrupted)

@@ -113,7 +113,9 @@ class Commands(TyperGroup):
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             error.args = (in_flags(error, flags_of(command), of_others=OF_TRAIN),)
             raise
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not isinstance(error.__cause__, KeyboardInterrupt):
+                raise  # Python 3.11 makes a RuntimeError of an interruption while a class is created, as in imports
             print_message("spt-fast: interrupted")
             raise typer.Exit(130) from None
 
