@@ -25,11 +25,12 @@ PAIR = ["regime", "pretrain_delta", "domain_from", "pretrain_tokens", "seed"]
 
 
 def effects(rows: pd.DataFrame) -> list[Effect]:
-    """The effect of each share of general data in one group of finetunes, the smallest share first."""
-    least = rows["injected"].min()
-    base = rows[rows["injected"] == least]
+    """The effect of each share of general data in one group of finetunes, the smallest share first. Finetunes whose
+    general loss was not measured are left out."""
+    measured = rows.dropna(subset=["general_heldout"])
+    base = measured[measured["injected"] == measured["injected"].min()]
     found = []
-    for injected, arm in rows.dropna(subset=["general_heldout"]).groupby("injected"):
+    for injected, arm in measured.groupby("injected"):
         pairs = arm.merge(base, on=PAIR, suffixes=("", "_least"))
         if pairs.empty:
             continue

@@ -684,6 +684,9 @@ def test_one_pair_of_finetunes_gives_no_error_of_the_effect() -> None:
     none, one = effects(runs[runs["seed"] == 0])
     assert (none.domain_error, one.domain, one.domain_error) == (None, pytest.approx(1.05), None)
     assert costless([none, replace(one, general=0.9)]) is none
+    nan = float("nan")
+    measured = runs.assign(general_heldout=[nan, nan, 3.0, 3.0])
+    assert costless(effects(measured)).injected == 0.01, "the smallest share whose general loss was measured"
     advice: Any = SimpleNamespace(replay=SimpleNamespace(effects=[none, one]))
     table = effects_table(advice)
     assert table is not None
