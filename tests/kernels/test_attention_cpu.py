@@ -20,10 +20,9 @@ in_every_dtype = pytest.mark.parametrize(
     "dtype", [dtype for dtype in (torch.float32, torch.bfloat16) if dtype in attention_cpu.SUPPORTED]
 )
 
-# In bf16 a weight is rounded before it is multiplied with values, as in every fused attention, and the gradient of a
-# score twice (itself and as a factor): roundings that the composition makes of other intermediate results. In float32
-# the backward pass makes weights again from scores, whose roundings count as often as the largest is large, about 4.
-ROUNDINGS = {torch.bfloat16: 3, torch.float32: 4}
+# In float32 the backward pass makes weights again from scores, whose roundings count as often as the largest is large:
+# 4 in most draws, up to 8 in 99 of 100. In bf16 twice the composition's own error hides them.
+ROUNDINGS = {torch.bfloat16: 1, torch.float32: 8}
 
 
 def draw(B: int, T: int, H: int, K: int, D: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
