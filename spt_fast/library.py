@@ -124,8 +124,8 @@ def prepare(
         _paths(inputs, "inputs"),
         place(out, "out"),
         place(tokenizer, "tokenizer") if isinstance(tokenizer, (str, os.PathLike)) else tokenizer,
-        eos=eos,
-        bos=bos,
+        eos=_parsed(_name, eos, "eos"),
+        bos=_parsed(_name, bos, "bos"),
         text_key=text_key,
         heldout=_parsed(parse_share, heldout, "heldout"),
         skip_bad=skip_bad,
@@ -224,8 +224,8 @@ def plan(
     from spt_fast.train.world import launched_processes, pick_device
 
     loaded, gpus = as_recipe(recipe), _parsed(integer(1), gpus, "gpus") or launched_processes()
+    gpu, per_hour = _parsed(_name, gpu, "gpu"), _parsed(number(0), per_gpu_hour, "per_gpu_hour")
     memory, share = _parsed(pricing.parse_bytes, gpu_memory, "gpu_memory"), _parsed(rounded_share, mfu, "mfu")
-    per_hour = _parsed(number(0), per_gpu_hour, "per_gpu_hour")
     made = make_plan(loaded, world=gpus)
     here = None if gpu else precision_of(loaded, pick_device(), made.model)
     machine = pricing.Machine.of(loaded, gpus=gpus, gpu=gpu, memory=memory, precision=here)
@@ -316,7 +316,8 @@ def evaluate(
     results = {}
     if tasks is not None:
         own = _place(tokenizer, "tokenizer")
-        asked: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "batch": batch, "bos": bos}
+        asked: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "batch": batch}
+        asked["bos"] = _parsed(_name, bos, "bos")
         named = [str(task) for task in _paths(tasks, "tasks")]
         results = score_tasks(folder, named, tokenizer=own, context=context, progress=progress, **asked)
     losses = {
@@ -368,7 +369,7 @@ def audit(run: AnyPath, *, source: str | None = None, document: int | None = Non
     """
     from spt_fast.train.audit import audit_document, audit_run
 
-    folder = place(run, "run")
+    folder, source = place(run, "run"), _parsed(_name, source, "source")
     return audit_run(folder, source) if document is None else audit_document(folder, source, document)
 
 
@@ -454,6 +455,7 @@ def fit(
     """
     from spt_fast.study import fits
 
+    law = _parsed(_name, law, "law")
     if folder := _place(out, "out"):
         fits.check_place(folder)
     found = fits.fit(_table(runs, domain_source, general_source), law)
@@ -535,8 +537,8 @@ def report(
     report(
         _paths(runs, "runs"),
         page,
-        domain_source=domain_source,
-        general_source=general_source,
+        domain_source=_parsed(_name, domain_source, "domain_source"),
+        general_source=_parsed(_name, general_source, "general_source"),
         domain_tokens=_parsed(parse_count, domain_tokens, "domain_tokens"),
         budget=_parsed(parse_count, budget, "budget"),
         model=model,
@@ -631,7 +633,15 @@ def _table(runs: Paths | pd.DataFrame, domain_source: str | None, general_source
 
     if hasattr(runs, "columns"):
         return runs
-    return read_table(_paths(runs, "runs"), domain_source=domain_source, general_source=general_source)
+    domain = _parsed(_name, domain_source, "domain_source")
+    general = _parsed(_name, general_source, "general_source")
+    return read_table(_paths(runs, "runs"), domain_source=domain, general_source=general)
+
+
+def _name(given: object, argument: str) -> str:
+    if not isinstance(given, str):
+        raise RecipeError(invalid(argument, given, "give its name, as text"))
+    return given
 
 
 def _parsed(parse: Callable[[Any, str], Any], given: Any, argument: str) -> Any:

@@ -35,9 +35,9 @@ def size_of(model: str | int | None) -> Size:
     """
     if model is None:
         return Size(None, None, None)
-    if model in PRESETS:
-        config = GPTConfig(**PRESETS[str(model)])
-        return Size(str(model), parameters(config), matmul_parameters(config))
+    if isinstance(model, str) and model in PRESETS:
+        config = GPTConfig(**PRESETS[model])
+        return Size(model, parameters(config), matmul_parameters(config))
     try:
         params = parse_count(model, "model")
     except RecipeError:
