@@ -181,7 +181,7 @@ def _stage(raw: object, where: str, *, first: bool) -> Stage:
     known = own | {key_of(item) for item in dataclasses.fields(Phase)}
     for key in raw:
         if key not in known:
-            raise RecipeError(f"{where}.{shown_key(key)}: {unknown_key(key, known - {'mixture'})}")
+            raise RecipeError(f"{where}.{shown_key(key)}: {unknown_key(key, known - {'mixture', 'also_average'})}")
     axes = build(Axes, {key: value for key, value in raw.items() if key in own}, where)
     phase = {str(key): value for key, value in raw.items() if key not in own}
     _check_axes(axes, phase, where, first=first)
@@ -209,6 +209,8 @@ def _check_axes(axes: Axes, phase: Mapping[str, Any], where: str, *, first: bool
     """Raises RecipeError unless the axes give one mixture and one length, from weights that exist."""
     if "mixture" in phase:
         raise RecipeError(f"{where}.mixture: a study's mixtures are its axis; write delta or replay")
+    if "also_average" in phase:
+        raise RecipeError(f"{where}.also_average: a study's averages are its axis; write average, such as [0, 10%]")
     for one, other, what in (("delta", "replay", "its mixture"), ("tokens", "budgets", "its length")):
         given = [key for key in (one, other) if getattr(axes, key) is not None]
         if len(given) != 1:

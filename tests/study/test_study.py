@@ -217,6 +217,7 @@ def test_a_warning_names_the_stage(raw: dict[str, Any]) -> None:
         (0, {"budgets": None, "budget": ["1K"]}, r"stages\[pretrain\]\.budget: unknown key; did you mean 'budgets'"),
         (0, {"domain_form": [0]}, r"stages\[pretrain\]\.domain_form: unknown key; did you mean 'domain_from'"),
         (0, {"delta": None, "mixture": {"chem": 1}}, r"stages\[pretrain\]\.mixture: .* write delta or replay"),
+        (1, {"also_average": []}, r"stages\[finetune\]\.also_average: .* write average, such as"),
         (0, {"shedule": {}}, r"stages\[pretrain\]\.shedule: unknown key; did you mean 'schedule'"),
         (0, {"start": "scratch"}, r"stages\[pretrain\]\.start: the first stage has no earlier weights"),
         (0, {"stop": {"on": "chem"}}, r"stages\[pretrain\]\.stop: the phases of this stage share one schedule"),
