@@ -113,15 +113,19 @@ def cadence(value: object, where: str) -> Span:
     return span
 
 
-def number(low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> Callable[[object, str], float]:
+LARGEST = 3.4e38
+"""Of float32, in which numbers are used."""
+
+
+def number(low: float = -LARGEST, high: float = LARGEST, *, open_low: bool = False) -> Callable[[object, str], float]:
     def parse(value: object, where: str) -> float:
         try:
             number = float("nan") if isinstance(value, bool) or not _FLOAT.fullmatch(str(value)) else float(str(value))
         except (TypeError, ValueError):
             number = float("nan")
-        if not (low <= number <= high) or (open_low and number == low) or math.isinf(number):
-            least = "" if low == -math.inf else f" {'above' if open_low else 'of at least'} {low:g}"
-            most = f" and at most {high:g}" if high < math.inf else ""
+        if not (low <= number <= high) or (open_low and number == low):
+            least = "" if low == -LARGEST else f" {'above' if open_low else 'of at least'} {low:g}"
+            most = f" and at most {high:g}" if high < LARGEST or LARGEST < number < math.inf else ""
             raise RecipeError(invalid(where, value, f"write a number{least}{most}"))
         return number
 

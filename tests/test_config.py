@@ -17,7 +17,7 @@ from spt_fast.config import Model, load_recipe, recipe_from
 from spt_fast.data.formats import ID_DTYPES
 from spt_fast.data.text import find_files
 from spt_fast.errors import RecipeError, SptError, shown
-from spt_fast.fields import Span, apply_overrides, parse_count, parse_share, parse_yaml, setting, text
+from spt_fast.fields import Span, apply_overrides, number, parse_count, parse_share, parse_yaml, setting, text
 from spt_fast.model.config import GPTConfig
 from spt_fast.optimizers import OPTIMIZERS
 from spt_fast.optimizers.adamw import AdamW
@@ -387,6 +387,23 @@ def test_numbers_that_yaml_1_1_would_have_changed_are_refused_by_name(tmp_path: 
     assert load_recipe(path, ["seed=1_000", "run=010"]).seed == 1000
     assert load_recipe(path, ["run=010"]).run == "010"
     assert load_recipe(path, ["run=2026-11-28"]).run == "2026-11-28"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("1e39", "above 0 and at most 3.4e+38"),
+        (1e300, "above 0 and at most 3.4e+38"),
+        (float("inf"), "above 0"),
+        ("1e999", "above 0"),
+        ("-1e39", "above 0"),
+        (float("nan"), "above 0"),
+    ],
+)
+def test_numbers_are_those_of_float32(given: object, expected: str) -> None:
+    with pytest.raises(RecipeError, match=rf"^lr: .* is invalid: write a number {re.escape(expected)}$"):
+        number(0.0, open_low=True)(given, "lr")
+    assert number()("-3.3e38", "x") == -3.3e38
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

@@ -72,7 +72,7 @@ def audit_document(run: Path, source: str | None, document: int) -> Visits:
         raise DataError(
             f"document: {data.path} records no documents; leave it out and audit the whole source", argument=True
         )
-    if not isinstance(document, Integral) or not 0 <= document < len(ends):
+    if isinstance(document, bool) or not isinstance(document, Integral) or not 0 <= document < len(ends):
         limited = recipe_of(run).sources[source].limit_tokens is not None
         expected = f"{source} has documents 0 to {len(ends) - 1}{' within its limit_tokens' if limited else ''}"
         raise DataError(invalid("document", document, expected), argument=True)

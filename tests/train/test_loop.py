@@ -798,6 +798,8 @@ def test_audit_adds_up(undisturbed: Path) -> None:
     visits = 0
     with pytest.raises(DataError, match=r"chem has documents 0 to [0-9]+ within its limit_tokens"):
         audit_document(undisturbed, "chem", 10_000)
+    with pytest.raises(DataError, match=r"document: True is invalid: chem has documents"):
+        audit_document(undisturbed, "chem", True)
     while True:
         try:
             visits += audit_document(undisturbed, "chem", documents).token_visits
