@@ -159,8 +159,11 @@ def test_items_of_an_earlier_command_are_named_with_its_commit(
 
 def test_an_item_that_skipped_a_shape_is_not_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     skipped = Row("norm", "8", "all", "all", "", "skipped", "no time left").plain()
+    content = json.dumps({"rows": [skipped]})
     (tmp_path / "a_check.py").write_text(
-        f"import json, sys\njson.dump({{'rows': [{skipped!r}]}}, open(sys.argv[2], 'w'))"
+        "import os, sys\nnew = sys.argv[2] + '.new'\n"
+        f"with open(new, 'w') as out:\n    out.write({content!r})\n"
+        "os.replace(new, sys.argv[2])"
     )
     results = Results.open(tmp_path / "out", None)
     for told in (gpu._checked, gpu._rates):
