@@ -161,9 +161,8 @@ def test_an_item_that_skipped_a_shape_is_not_done(tmp_path: Path, capsys: pytest
     skipped = Row("norm", "8", "all", "all", "", "skipped", "no time left").plain()
     content = json.dumps({"rows": [skipped]})
     (tmp_path / "a_check.py").write_text(
-        "import os, sys\nnew = sys.argv[2] + '.new'\n"
-        f"with open(new, 'w') as out:\n    out.write({content!r})\n"
-        "os.replace(new, sys.argv[2])"
+        "import sys\nfrom pathlib import Path\nfrom spt_fast.files import write_text\n"
+        f"write_text(Path(sys.argv[2]), {content!r})"
     )
     results = Results.open(tmp_path / "out", None)
     for told in (gpu._checked, gpu._rates):
